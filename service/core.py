@@ -1,0 +1,238 @@
+"""The words of the server: requests, patterns, events, statistics. A leaf: imports nothing of ours but errors.
+
+Data goes one way: wire model (api) → `GenerationRequest` → batch (scheduler, engine) → tokens → `Event`.
+Nothing here knows HTTP or torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from service.errors import TwinserveError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+StepMode = Literal["shared", "factored"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Validated at the edge; the engine trusts it.
+
+    Attributes:
+        max_tokens: most tokens to generate, >= 1.
+        min_tokens: no end-of-sequence or stop before that many.
+        temperature: 0 is greedy.
+        top_p: nucleus mass in (0, 1].
+        top_k: keep that many most likely tokens; 0 keeps all.
+        min_p: drop tokens below min_p × the most likely one's probability; 0 is off.
+        repetition_penalty: > 0, over prompt and generated tokens (CTRL, arXiv 1909.05858); 1 is off.
+        frequency_penalty: subtracted once per generated occurrence (OpenAI).
+        presence_penalty: subtracted once if generated at all (OpenAI).
+        seed: makes the request's own random stream reproducible; None draws a fresh one.
+        stop: strings that end the text; not part of the answer.
+        stop_token_ids: token ids that end it.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingChoice:
+    """Where a request's gates come from.
+
+    Attributes:
+        gates: expert name → weight, set by the client; an empty mapping is the shared expert alone.
+            None asks the router.
+        top_k: keep at most that many gates of the router; None is the server's default.
+        threshold: drop the router's gates below it; None is the server's default.
+    """
+
+    gates: Mapping[str, float] | None = None
+    top_k: int | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate: a domain request, limits checked.
+
+    Attributes:
+        id: unique among live requests.
+        prompt_ids: at least one token id, all inside the vocabulary.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    routing: RoutingChoice = field(default_factory=RoutingChoice)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ExpertKey:
+    """One immutable generation of one expert."""
+
+    name: str
+    generation: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.generation}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A routing pattern: gates after top-k and quantisation, in name order; hashable.
+
+    The empty pattern is the shared expert alone.
+    """
+
+    gates: tuple[tuple[ExpertKey, float], ...] = ()
+
+    @property
+    def experts(self) -> frozenset[ExpertKey]:
+        """The generations that this pattern needs."""
+        return frozenset(key for key, _ in self.gates)
+
+    def __str__(self) -> str:
+        return "+".join(f"{key}:{weight:g}" for key, weight in self.gates) or "shared"
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingOutcome:
+    """What made an answer; every answer carries it.
+
+    Attributes:
+        gates: expert name → weight that was added to the shared expert.
+        pattern: the pattern's text form.
+        mode: "shared" (no gates) or "factored".
+        generations: expert name → generation used.
+        router_generation: None where the client named the gates.
+        confidence: the router's largest calibrated probability; None where it was not asked.
+        scores: every expert's calibrated probability before top-k and threshold; empty where not asked.
+    """
+
+    gates: Mapping[str, float]
+    pattern: str
+    mode: StepMode
+    generations: Mapping[str, int]
+    router_generation: int | None = None
+    confidence: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one sequence."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text of a running request: whole characters only, stop strings already cut.
+
+    `text` can be empty while a character is incomplete or a stop string may be starting.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The one terminal event of a request that ended well or was cancelled."""
+
+    reason: FinishReason
+    usage: Usage
+    routing: RoutingOutcome | None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The one terminal event of a request that ended in an error of its own or of the engine."""
+
+    error: TwinserveError
+
+
+Event = TextDelta | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStatus:
+    """One expert as operators see it.
+
+    Attributes:
+        routed: the router can choose it; otherwise it serves by name or gates only.
+        leases: live requests that use this generation.
+        nbytes: true bytes of its factors in memory.
+    """
+
+    name: str
+    generation: int
+    state: Literal["active", "retired"]
+    routed: bool
+    leases: int
+    nbytes: int
+    max_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """Times of one ended request, seconds on the monotonic clock; None where a stage was not reached."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    queue_seconds: float | None
+    route_seconds: float | None
+    prefill_seconds: float | None
+    decode_seconds: float | None
+    first_token_seconds: float | None
+    total_seconds: float
+    gates: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one engine step did."""
+
+    mode: StepMode
+    seconds: float
+    decode_rows: int
+    prefill_tokens: int
+    generated_tokens: int
+    active_experts: int
+    patterns: int
+    rebuilt: bool
+    inter_token_seconds: tuple[float, ...]
+    routed_requests: int = 0
+    route_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGauges:
+    """A snapshot for gauges."""
+
+    running: int
+    waiting: int
+    kv_rows_used: int
+    kv_rows_total: int
+    kv_tokens_used: int
+    kv_tokens_total: int
+    experts_registered: int
+    experts_resident: int
+    alive: bool

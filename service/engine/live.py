@@ -1,0 +1,87 @@
+"""What the engine keeps of one live request beside the scheduler's integers, and of one router question."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from service.core import GenerationRequest, Pattern, RequestStats, RoutingOutcome, Usage
+from service.engine.sampler import RowState
+from service.engine.text import TextStream
+from service.scheduler.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Times:
+    """Monotonic seconds at which a request reached its stages."""
+
+    arrived: float
+    routed: float | None = None
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    route_seconds: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A request inside the engine.
+
+    Attributes:
+        outcome: gates and generations; set by routing, or at once when the client named the gates.
+        pattern: the lease that must be given back at the end.
+    """
+
+    request: GenerationRequest
+    sequence: Sequence
+    sampling: RowState
+    text: TextStream
+    times: Times
+    pattern: Pattern | None = None
+    outcome: RoutingOutcome | None = None
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return Usage(self.sequence.prompt_length, self.sequence.generated)
+
+    def stats(self, reason: str) -> RequestStats:
+        """Times and counts at the end."""
+        now, times = time.monotonic(), self.times
+        usage = self.usage
+
+        def between(start: float | None, end: float | None) -> float | None:
+            return None if start is None or end is None else end - start
+
+        return RequestStats(
+            reason=reason,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            queue_seconds=between(times.arrived, times.admitted),
+            route_seconds=times.route_seconds,
+            prefill_seconds=between(times.admitted, times.first_token),
+            decode_seconds=between(times.first_token, now),
+            first_token_seconds=between(times.arrived, times.first_token),
+            total_seconds=now - times.arrived,
+            gates=dict(self.outcome.gates) if self.outcome else {},
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Question:
+    """A prompt whose router features are wanted without generating.
+
+    Attributes:
+        ids: the tokens that the router reads.
+        answer: called on the engine thread with the features (d,) float32, or with the error.
+    """
+
+    ids: tuple[int, ...]
+    answer: Callable[[Tensor | Exception], None]
+    asked: float = field(default_factory=time.monotonic)

@@ -1,0 +1,171 @@
+"""Errors of the server, one small tree: class → HTTP status → code.
+
+    TwinserveError
+    ├── InvalidRequestError        400  invalid_request
+    │   ├── UnsupportedFieldError  400  unsupported_parameter
+    │   ├── LimitExceededError     400  limit_exceeded
+    │   │   ├── ContextLengthError 400  context_length_exceeded
+    │   │   └── BodyTooLargeError  413  body_too_large
+    │   └── UnknownExpertError     400  unknown_expert          (a gate names an expert that is not there)
+    ├── AuthenticationError        401  invalid_api_key
+    ├── AdminDisabledError         403  admin_disabled          (no admin key is configured)
+    ├── PathNotAllowedError        403  path_not_allowed
+    ├── ModelNotFoundError         404  model_not_found
+    ├── ExpertNotFoundError        404  expert_not_found
+    ├── ConflictError              409  conflict
+    ├── ExpertRejectedError        422  expert_rejected         (a checkpoint that cannot become an expert)
+    ├── QueueFullError             429  queue_full              (Retry-After)
+    ├── RequestFailedError         500  request_failed          (a fault inside this request alone)
+    ├── EngineDeadError            503  engine_dead
+    └── ShuttingDownError          503  shutting_down           (Retry-After)
+
+Every message names the field, the limit and the mend. `param` is the field as the client wrote it.
+"""
+
+from typing import ClassVar
+
+
+class TwinserveError(Exception):
+    """Base of everything that the server refuses or reports on purpose.
+
+    Attributes:
+        status: HTTP status.
+        code: stable machine-readable word.
+        type: OpenAI's coarse error type.
+        param: the request field at fault, if one is.
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    type: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+class InvalidRequestError(TwinserveError):
+    """A field is missing, malformed or out of range."""
+
+    status = 400
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+
+class UnsupportedFieldError(InvalidRequestError):
+    """A field that is known elsewhere but does nothing here: refused, not ignored."""
+
+    code = "unsupported_parameter"
+
+
+class LimitExceededError(InvalidRequestError):
+    """A configured limit was exceeded."""
+
+    code = "limit_exceeded"
+
+
+class ContextLengthError(LimitExceededError):
+    """Prompt and max_tokens do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class BodyTooLargeError(LimitExceededError):
+    """The HTTP body is larger than the limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class UnknownExpertError(InvalidRequestError):
+    """A gate names an expert that is not registered."""
+
+    code = "unknown_expert"
+
+
+class AuthenticationError(TwinserveError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    code = "invalid_api_key"
+    type = "authentication_error"
+
+
+class AdminDisabledError(TwinserveError):
+    """The admin API has no key, so nobody may use it."""
+
+    status = 403
+    code = "admin_disabled"
+    type = "permission_error"
+
+
+class PathNotAllowedError(TwinserveError):
+    """A server-side path outside the configured root."""
+
+    status = 403
+    code = "path_not_allowed"
+    type = "permission_error"
+
+
+class ModelNotFoundError(TwinserveError):
+    """No model of that name is served."""
+
+    status = 404
+    code = "model_not_found"
+    type = "invalid_request_error"
+
+
+class ExpertNotFoundError(TwinserveError):
+    """No expert of that name is registered."""
+
+    status = 404
+    code = "expert_not_found"
+    type = "invalid_request_error"
+
+
+class ConflictError(TwinserveError):
+    """The name is taken, or the expected generation is not the current one."""
+
+    status = 409
+    code = "conflict"
+    type = "invalid_request_error"
+
+
+class ExpertRejectedError(TwinserveError):
+    """A checkpoint that cannot become an expert of this bundle."""
+
+    status = 422
+    code = "expert_rejected"
+    type = "invalid_request_error"
+
+
+class QueueFullError(TwinserveError):
+    """The waiting queue is full."""
+
+    status = 429
+    code = "queue_full"
+    type = "rate_limit_error"
+
+
+class RequestFailedError(TwinserveError):
+    """A fault inside one request; the others go on."""
+
+    status = 500
+    code = "request_failed"
+
+
+class EngineDeadError(TwinserveError):
+    """The engine thread has ended; the server must be restarted."""
+
+    status = 503
+    code = "engine_dead"
+
+
+class ShuttingDownError(TwinserveError):
+    """The server is draining."""
+
+    status = 503
+    code = "shutting_down"
