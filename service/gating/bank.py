@@ -15,6 +15,10 @@ from service.gating.resident import ResidentExpert, make_resident
 from service.gating.sites import Site, find_sites
 from service.gating.working_set import VectorBuffer, WorkingSet
 
+_FINE_WORK = 4096
+"""Tokens × factor rows up to which float32 factors beat bfloat16 ones on a CPU: small bfloat16 products
+have a floor of about 20 µs, small float32 ones of 2 µs."""
+
 
 @dataclass(frozen=True, slots=True)
 class GatePlan:
@@ -40,17 +44,14 @@ class ExpertBank:
         self.state = StepState()
         self._resident: dict[ExpertKey, ResidentExpert] = {}
         self._last: tuple[object, ...] | None = None
+        cpu_bf16 = self.device.type == "cpu" and self.dtype is torch.bfloat16
         self._working = WorkingSet(
-            {
-                s.weight: _linear_shape(s.module.get_parameter("weight"), transposed=s.transposed)
-                for s in self.sites
-                if s.kind != "norm"
-            },
-            self._vector_sizes(),
+            {s.weight for s in self.sites if s.kind != "norm"},
+            {s.weight for s in self.sites if s.kind == "norm"} | {s.bias for s in self.sites if s.bias},
+            fine=cpu_bf16,
         )
-        self.packed = (
-            pack_base and self.device.type == "cpu" and self.dtype is torch.bfloat16 and prepack.available()
-        )
+        self._fine = cpu_bf16
+        self.packed = pack_base and cpu_bf16 and prepack.available()
         for site in self.sites:
             site.module.forward = self._gated(site)
 
@@ -83,20 +84,20 @@ class ExpertBank:
         """
         active = frozenset[ExpertKey]().union(*(pattern.experts for pattern in patterns))
         if not active:
-            self.state.gates = None
-            self._last = None
+            self._clear_gates()
             return GatePlan("shared", 0, repacked=False)
         change = self._working.ensure(active, self._resident)
         key = (tuple(patterns), tuple(tokens), tuple(kept))
         if change.any or key != self._last:
-            self.state.gates = self._gate_tensors(patterns, tokens, kept)
+            table = self._table(patterns)
+            self.state.gates = self._gate_tensors(table, tokens)
+            self.state.kept = self._gate_tensors(table, kept)
             self._last = key
         return GatePlan("factored", len(active), change.any)
 
     def probe(self, tokens: int, forward: Callable[[], object]) -> list[str]:
         """Run one plain pass of `tokens` tokens in which layers learn their axes; returns problems found."""
-        self.state.gates = None
-        self._last = None
+        self._clear_gates()
         self.state.probe_tokens = tokens
         self.state.problems.clear()
         try:
@@ -110,23 +111,28 @@ class ExpertBank:
         """How many expert generations are on the device."""
         return len(self._resident)
 
-    def _gate_tensors(
-        self, patterns: Sequence[Pattern], tokens: Sequence[int], kept: Sequence[int]
-    ) -> GateTensors:
+    def _clear_gates(self) -> None:
+        self.state.gates = self.state.kept = None
+        self._last = None
+
+    def _table(self, patterns: Sequence[Pattern]) -> Tensor:
+        """(sequences, segments) float32 gates."""
         column = {key: index for index, key in enumerate(self._working.segments)}
         table = torch.zeros(len(patterns), len(column))
         for row, pattern in enumerate(patterns):
             for key, weight in pattern.gates:
                 table[row, column[key]] = weight
-        table = table.to(device=self.device, dtype=self.dtype)
-        spread = [self._working.spread(table, layout) for layout in self._working.layouts]
-        token_rows = _repeat(tokens, self.device)
-        kept_rows = _repeat(kept, self.device)
+        return table.to(self.device)
+
+    def _gate_tensors(self, table: Tensor, tokens: Sequence[int]) -> GateTensors:
+        fine = self._fine and sum(tokens) * self._working.most_rows <= _FINE_WORK
+        of_token = torch.repeat_interleave(torch.tensor(tokens, device=self.device))
+        wide = [self._working.spread(table, layout) for layout in self._working.layouts]
+        dtype = torch.float32 if fine else self.dtype
         return GateTensors(
-            rows=[s.index_select(0, token_rows) for s in spread],
-            experts=table.index_select(0, token_rows),
-            kept_rows=[s.index_select(0, kept_rows) for s in spread],
-            kept_experts=table.index_select(0, kept_rows),
+            rows=[gates.to(dtype).index_select(0, of_token) for gates in wide],
+            experts=table.to(self.dtype).index_select(0, of_token),
+            fine=fine,
         )
 
     def _gated(self, site: Site) -> Callable[[Tensor], Tensor]:
@@ -142,19 +148,3 @@ class ExpertBank:
 
     def _bias(self, name: str | None) -> VectorBuffer | None:
         return None if name is None else self._working.vectors[name]
-
-    def _vector_sizes(self) -> dict[str, int]:
-        sizes = {s.weight: s.module.get_parameter("weight").shape[0] for s in self.sites if s.kind == "norm"}
-        return sizes | {
-            s.bias: s.module.get_parameter("bias").shape[0] for s in self.sites if s.bias is not None
-        }
-
-
-def _linear_shape(weight: Tensor, *, transposed: bool) -> tuple[int, int]:
-    first, second = weight.shape
-    return (first, second) if transposed else (second, first)
-
-
-def _repeat(counts: Sequence[int], device: torch.device) -> Tensor:
-    """(sequences,) counts → (tokens,) index of each token's sequence."""
-    return torch.repeat_interleave(torch.tensor(counts, device=device))

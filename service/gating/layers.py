@@ -17,18 +17,17 @@ from service.gating.working_set import MatrixBuffer, VectorBuffer
 
 @dataclass(slots=True)
 class GateTensors:
-    """The gates of one packed step, in the order of its tokens.
+    """The gates of some tokens of a packed step, in packing order.
 
     Attributes:
-        rows: for every rank layout of the working set, (tokens, factor rows).
-        experts: (tokens, segments).
-        kept_rows, kept_experts: the same for the tokens whose logits are kept.
+        rows: for every rank layout of the working set, (tokens, factor rows); float32 if `fine`.
+        experts: (tokens, segments) in the model's dtype.
+        fine: multiply with the float32 factors.
     """
 
     rows: list[Tensor]
     experts: Tensor
-    kept_rows: list[Tensor]
-    kept_experts: Tensor
+    fine: bool
 
 
 @dataclass(slots=True)
@@ -36,11 +35,13 @@ class StepState:
     """What every gated layer reads during one forward pass.
 
     Attributes:
-        gates: None while no sequence of the step is gated; the layers then do nothing extra.
+        gates: of all tokens; None while no sequence of the step is gated, and the layers do nothing extra.
+        kept: of the tokens whose logits are kept; None likewise.
         probe_tokens: set during the probing pass, in which norms learn which axis holds the tokens.
     """
 
     gates: GateTensors | None = None
+    kept: GateTensors | None = None
     probe_tokens: int | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -73,16 +74,30 @@ class GatedLinear:
         """(..., in) → (..., out)."""
         flat = x.reshape(-1, x.shape[-1])
         y = self.base(flat)
-        gates = self.state.gates
+        gates = self.state.kept if self.kept else self.state.gates
         if gates is not None:
-            matrix = self.matrix
-            if matrix.a is not None and matrix.b is not None:
-                hidden = F.linear(flat, matrix.a)
-                hidden *= (gates.kept_rows if self.kept else gates.rows)[matrix.layout]
-                y.addmm_(hidden, matrix.b)
+            if self.matrix.rows:
+                _add_mix(y, flat, self.matrix, gates)
             if self.bias is not None and self.bias.stacked is not None:
-                y.addmm_(gates.kept_experts if self.kept else gates.experts, self.bias.stacked)
+                y.addmm_(gates.experts, self.bias.stacked)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _add_mix(y: Tensor, x: Tensor, matrix: MatrixBuffer, gates: GateTensors) -> None:
+    """y (tokens, out) += (g ⊙ xAᵀ)·B, in place."""
+    if gates.fine and matrix.fine is not None:
+        hidden = F.linear(x.to(torch.float32), _used(matrix.fine.a))
+        hidden *= gates.rows[matrix.layout]
+        y += torch.mm(hidden, _used(matrix.fine.b))
+    else:
+        hidden = F.linear(x, _used(matrix.native.a))
+        hidden *= gates.rows[matrix.layout]
+        y.addmm_(hidden, _used(matrix.native.b))
+
+
+def _used(rows: Tensor | None) -> Tensor:
+    assert rows is not None, "factors read before they were packed"
+    return rows
 
 
 class GatedEmbedding:
@@ -100,10 +115,10 @@ class GatedEmbedding:
         """(1, tokens) integer → (1, tokens, hidden)."""
         out: Tensor = self.forward(ids)
         gates, matrix = self.state.gates, self.matrix
-        if gates is None or matrix.a is None or matrix.b is None:
+        if gates is None or not matrix.rows:
             return out
-        picked = matrix.b.index_select(1, ids.reshape(-1)).t() * gates.rows[matrix.layout]
-        extra = picked @ matrix.a
+        table = _used(matrix.native.b).index_select(1, ids.reshape(-1)).t()
+        extra = (table * gates.rows[matrix.layout].to(table.dtype)) @ _used(matrix.native.a)
         scale = getattr(self.module, "embed_scale", None)
         if scale is not None:
             extra = extra * scale

@@ -13,72 +13,99 @@ import torch
 from torch import Tensor
 
 from service.core import ExpertKey
-from service.gating.resident import ResidentExpert
+from service.gating.resident import MatrixFactors, ResidentExpert
+
+
+class PackedFactors:
+    """Rows of factors in one dtype, growing at the end: a is (rows, in), b is (rows, out)."""
+
+    __slots__ = ("_a", "_b", "a", "b")
+
+    def __init__(self) -> None:
+        self._a: Tensor | None = None
+        self._b: Tensor | None = None
+        self.a: Tensor | None = None
+        self.b: Tensor | None = None
+
+    def append(self, used: int, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+        """Put (k, in) and (k, out) behind the first `used` rows."""
+        needed = used + a.shape[0]
+        self._a = _grown(self._a, used, needed, a, dtype)
+        self._b = _grown(self._b, used, needed, b, dtype)
+        self._a[used:needed].copy_(a)
+        self._b[used:needed].copy_(b)
+        self.a, self.b = self._a[:needed], self._b[:needed]
+
+    def clear(self) -> None:
+        """Forget the rows; the memory stays for the next ones."""
+        self.a = self.b = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, in use or not."""
+        return sum(tensor.nbytes for tensor in (self._a, self._b) if tensor is not None)
+
+
+def _grown(held: Tensor | None, used: int, needed: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    if held is not None and held.shape[0] >= needed:
+        return held
+    larger = like.new_empty(max(needed, 2 * used), like.shape[1], dtype=dtype)
+    if held is not None:
+        larger[:used].copy_(held[:used])
+    return larger
 
 
 class MatrixBuffer:
     """Packed factors of one matrix parameter.
 
     Attributes:
-        a: (rows, in) view of the rows in use, or None while no active expert touches the parameter.
-        b: (rows, out) likewise.
+        native: in the model's dtype, for steps of many tokens.
+        fine: in float32, for steps of few tokens where the processor multiplies small float32 matrices
+            faster than small bfloat16 ones; None where it never does.
+        rows: factor rows in use; 0 while no active expert touches the parameter.
         layout: index of the segment-rank layout that it shares with other parameters.
     """
 
-    __slots__ = ("_a", "_b", "_inputs", "_outputs", "a", "b", "layout", "ranks")
+    __slots__ = ("fine", "layout", "native", "ranks", "rows")
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self._inputs = inputs
-        self._outputs = outputs
-        self._a: Tensor | None = None
-        self._b: Tensor | None = None
-        self.a: Tensor | None = None
-        self.b: Tensor | None = None
+    def __init__(self, *, fine: bool) -> None:
+        self.native = PackedFactors()
+        self.fine = PackedFactors() if fine else None
         self.ranks: list[int] = []
+        self.rows = 0
         self.layout = 0
 
-    def append(self, a: Tensor | None, b: Tensor | None) -> None:
-        """Add one segment; (k, in) and (k, out), or None for an expert that leaves the parameter alone."""
-        used = sum(self.ranks)
-        if a is None or b is None:
+    def append(self, factors: MatrixFactors | None) -> None:
+        """Add one segment; None for an expert that leaves the parameter alone."""
+        if factors is None:
             self.ranks.append(0)
             return
-        needed = used + a.shape[0]
-        if self._a is None or self._b is None or self._a.shape[0] < needed:
-            self._grow(max(needed, 2 * used), used, a)
-        assert self._a is not None
-        assert self._b is not None
-        self._a[used:needed].copy_(a)
-        self._b[used:needed].copy_(b)
-        self.ranks.append(a.shape[0])
-        self.a, self.b = self._a[:needed], self._b[:needed]
+        self.native.append(self.rows, factors.a, factors.b, factors.a.dtype)
+        if self.fine is not None:
+            self.fine.append(self.rows, factors.a, factors.b, torch.float32)
+        self.ranks.append(factors.a.shape[0])
+        self.rows += factors.a.shape[0]
 
     def clear(self) -> None:
-        """Forget all segments; the memory stays for the next ones."""
+        """Forget all segments."""
         self.ranks = []
-        self.a = self.b = None
+        self.rows = 0
+        self.native.clear()
+        if self.fine is not None:
+            self.fine.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes held, in use or not."""
-        return (self._a.nbytes if self._a is not None else 0) + (self._b.nbytes if self._b is not None else 0)
-
-    def _grow(self, rows: int, used: int, like: Tensor) -> None:
-        a = like.new_empty(rows, self._inputs)
-        b = like.new_empty(rows, self._outputs)
-        if used and self._a is not None and self._b is not None:
-            a[:used].copy_(self._a[:used])
-            b[:used].copy_(self._b[:used])
-        self._a, self._b = a, b
+        return self.native.nbytes + (self.fine.nbytes if self.fine is not None else 0)
 
 
 class VectorBuffer:
-    """Packed differences of one bias or norm weight: (segments, dim), or None while nobody has one."""
+    """Packed differences of one bias or norm weight, (segments, dim), or None while nobody has one."""
 
-    __slots__ = ("_dim", "rows", "stacked")
+    __slots__ = ("rows", "stacked")
 
-    def __init__(self, dim: int) -> None:
-        self._dim = dim
+    def __init__(self) -> None:
         self.rows: list[Tensor | None] = []
         self.stacked: Tensor | None = None
 
@@ -109,13 +136,14 @@ class WorkingSet:
     """Segments of the active experts over all parameters.
 
     Args:
-        matrices: parameter name → (in, out).
-        vectors: parameter name → dim.
+        matrices: names of the matrix parameters.
+        vectors: names of the biases and norm weights.
+        fine: keep float32 copies of the factors too.
     """
 
-    def __init__(self, matrices: Mapping[str, tuple[int, int]], vectors: Mapping[str, int]) -> None:
-        self.matrices = {name: MatrixBuffer(*shape) for name, shape in matrices.items()}
-        self.vectors = {name: VectorBuffer(dim) for name, dim in vectors.items()}
+    def __init__(self, matrices: Iterable[str], vectors: Iterable[str], *, fine: bool) -> None:
+        self.matrices = {name: MatrixBuffer(fine=fine) for name in matrices}
+        self.vectors = {name: VectorBuffer() for name in vectors}
         self.segments: list[ExpertKey] = []
         self.layouts: list[tuple[int, ...]] = []
 
@@ -144,6 +172,11 @@ class WorkingSet:
             vector.rows = []
         self._refresh()
 
+    @property
+    def most_rows(self) -> int:
+        """Factor rows of the parameter that has most."""
+        return max((matrix.rows for matrix in self.matrices.values()), default=0)
+
     def spread(self, gates: Tensor, layout: Sequence[int]) -> Tensor:
         """Segment gates (sequences, segments) → one per factor row (sequences, rows)."""
         repeats = torch.tensor(layout, device=gates.device)
@@ -156,8 +189,7 @@ class WorkingSet:
 
     def _append(self, expert: ResidentExpert) -> None:
         for name, buffer in self.matrices.items():
-            factors = expert.matrices.get(name)
-            buffer.append(factors.a if factors else None, factors.b if factors else None)
+            buffer.append(expert.matrices.get(name))
         for name, vector in self.vectors.items():
             vector.rows.append(expert.vectors.get(name))
         self.segments.append(expert.key)
