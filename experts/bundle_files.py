@@ -1,0 +1,164 @@
+"""Files as a bundle needs them: digests, no links, atomic and durable writes, one writer at a time."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from experts.bundle_manifest import SHARED_NAME, FileEntry
+from experts.errors import BundleError, CorruptBundleError
+
+
+def digest(path: Path) -> FileEntry:
+    """sha256 and size of one file."""
+    with path.open("rb") as file:
+        return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), nbytes=path.stat().st_size)
+
+
+def list_files(root: Path) -> tuple[str, ...]:
+    """Relative POSIX paths of every file below a folder, sorted, leaving out hidden scratch entries.
+
+    Raises:
+        CorruptBundleError: a symbolic link, or anything else that is neither file nor folder.
+    """
+    found: list[str] = []
+    pending = [root]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    raise CorruptBundleError(
+                        f"{entry.path} is a symbolic link; a bundle holds plain files only"
+                    )
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(Path(entry.path))
+                elif entry.is_file(follow_symlinks=False):
+                    found.append(Path(entry.path).relative_to(root).as_posix())
+                else:
+                    raise CorruptBundleError(f"{entry.path} is not a plain file")
+    return tuple(sorted(found))
+
+
+def verify_files(root: Path, files: Mapping[str, FileEntry], paths: Iterable[str], *, digests: bool) -> None:
+    """Check that files are there, unlinked, of the listed size and, with `digests`, of the listed content.
+
+    Raises:
+        CorruptBundleError: naming the first file that is not.
+    """
+    present = set(list_files(root))
+    # transformers reads whatever lies in the shared folder, so a file that nobody listed must not be there.
+    for path in sorted(present):
+        if path.startswith(f"{SHARED_NAME}/") and path not in files:
+            raise CorruptBundleError(f"{root / path} is not part of the bundle; remove it")
+    for path in paths:
+        entry = files[path]
+        if path not in present:
+            raise CorruptBundleError(f"{root / path} is missing; restore or rebuild the bundle")
+        size = (root / path).stat().st_size
+        if size != entry.nbytes:
+            raise CorruptBundleError(
+                f"{root / path} has {size} bytes, the manifest says {entry.nbytes}; restore it"
+            )
+        if digests and digest(root / path) != entry:
+            raise CorruptBundleError(f"{root / path} differs from its sha256 in the manifest; restore it")
+
+
+def sync_tree(root: Path) -> None:
+    """Flush every file and folder below root, and root itself, to the disk."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def sync(path: Path) -> None:
+    """Fsync one file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file atomically and durably: readers see the old content or the new, also after a crash."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with scratch.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        sync(path.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def add_folder(root: Path, folder: str, fill: Callable[[Path], None]) -> dict[str, FileEntry]:
+    """Fill a new folder under a hidden name, flush it, rename it to `folder`; returns its files' digests."""
+    target = root / folder
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    scratch.mkdir()
+    try:
+        fill(scratch)
+        sync_tree(scratch)
+        os.rename(scratch, target)
+        sync(target.parent)
+        sync(target.parent.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {f"{folder}/{file.name}": digest(file) for file in sorted(target.iterdir())}
+
+
+def next_generation(folder: Path, current: int) -> int:
+    """A generation number that no subfolder bears, not even one left behind by a crash."""
+    children = folder.iterdir() if folder.is_dir() else ()
+    return max([current, *(int(child.name) for child in children if child.name.isdecimal())]) + 1
+
+
+@contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A locked, empty, hidden folder beside `target`, removed in the end if it is still there.
+
+    Folders that a killed process left behind for the same target are known by their free lock and removed.
+
+    Raises:
+        BundleError: the parent folder cannot be written.
+    """
+    prefix = f".{target.name}.building-"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in [child for child in target.parent.iterdir() if child.name.startswith(prefix)]:
+            with contextlib.suppress(OSError), locked(stale, wait=False):
+                shutil.rmtree(stale, ignore_errors=True)
+        folder = target.parent / f"{prefix}{secrets.token_hex(4)}"
+        folder.mkdir()
+    except OSError as error:
+        raise BundleError(f"cannot write beside {target}: {error}") from error
+    with locked(folder):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the folder's advisory lock; it is freed when the process ends, however it ends.
+
+    Raises:
+        BlockingIOError: somebody else holds it and `wait` is false.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,222 @@
+"""`twinserve build` and `twinserve inspect`: thin shells around `build_bundle` and `Bundle.open`."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from experts.errors import BundleError, ExpertsError
+
+if TYPE_CHECKING:
+    from experts.compression import CompressionSpec
+    from experts.merging.methods import MergeMethod
+
+USAGE_ERROR = 2
+
+Method = Literal["averaging", "task-arithmetic", "ties", "dare", "dare-ties"]
+
+_STAGES = {
+    "base": "embedded base",
+    "tune": "tune the scale",
+    "trim": "trimming thresholds",
+    "merge": "shared expert",
+    "experts": "exclusive vectors",
+    "features": "router features",
+    "router": "router",
+    "finish": "write and verify",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command("build")(build)
+    app.command("inspect")(inspect)
+
+
+@contextlib.contextmanager
+def reported_errors() -> Iterator[None]:
+    """Print an `ExpertsError` as one line and end with exit code 2; bugs keep their traceback."""
+    try:
+        yield
+    except ExpertsError as error:
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
+        )
+        raise typer.Exit(USAGE_ERROR) from error
+
+
+@contextlib.contextmanager
+def build_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback for `build_bundle` that shows one bar a stage on standard error."""
+    from transformers.utils import logging
+
+    # Its bars would fight with ours for the terminal.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(_STAGES.get(stage, stage))
+            progress.update(bars[stage], completed=done, total=total or None)
+
+        yield show
+
+
+def build(
+    base: Annotated[Path, typer.Option(help="Folder of the base model (safetensors).")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    expert: Annotated[
+        list[str] | None, typer.Option(help="name=DIR of a LoRA or full fine-tune; once for every expert.")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="name=FILE.jsonl of an expert's prompts; once for every expert.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="The bundle's name; clients use it as the model.")] = "twin",
+    method: Annotated[
+        Method, typer.Option(help="Static merge that makes the shared expert.")
+    ] = "task-arithmetic",
+    scale: Annotated[float | None, typer.Option(help="The merge's λ.")] = None,
+    density: Annotated[float | None, typer.Option(help="Fraction that TIES keeps.")] = None,
+    drop_rate: Annotated[float | None, typer.Option(help="Fraction that DARE drops.")] = None,
+    merge_seed: Annotated[int | None, typer.Option(help="Seed of DARE.")] = None,
+    tune: Annotated[
+        bool, typer.Option(help="Choose λ on validation prompts with answers: lowest loss with oracle gates.")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(help="Rank kept of each matrix (default: 16).")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead: energy kept of each matrix, in (0, 1].")
+    ] = None,
+    budget_bytes: Annotated[int | None, typer.Option(help="Instead: bytes of each expert.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Stored form of the factors.")
+    ] = "bfloat16",
+    extras: Annotated[
+        Literal["fold", "exact"],
+        typer.Option(help="Biases, norms, embeddings, heads: in the shared expert alone, or kept for each."),
+    ] = "fold",
+    router: Annotated[
+        Literal["mlp", "none"], typer.Option(help="none: every request names its experts.")
+    ] = "mlp",
+    top_k: Annotated[int, typer.Option(min=1, help="Gates that the router keeps by default.")] = 2,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Gates below it are dropped by default.")
+    ] = 0.05,
+    max_prompts: Annotated[
+        int, typer.Option(min=1, help="Most router prompts of an expert and split.")
+    ] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the router's fit.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the bundle that is there.")] = False,
+) -> None:
+    """Build a bundle from a base and its fine-tunes."""
+    with reported_errors():
+        experts, prompt_files = _pairs("--expert", expert), _pairs("--prompts", prompts)
+        chosen = {"scale": scale, "density": density, "drop_rate": drop_rate, "seed": merge_seed}
+        sizes = {"rank": rank, "energy": energy, "budget_bytes": budget_bytes}
+        merge_method, spec = _method(method, chosen), _spec(sizes, dtype, extras)
+
+        from experts.build import BuildPlan, build_bundle
+
+        plan = BuildPlan(
+            base=base,
+            experts=experts,
+            out=out,
+            name=name,
+            method=merge_method,
+            compression=spec,
+            prompts=prompt_files,
+            router=router,
+            top_k=top_k,
+            threshold=threshold,
+            max_prompts=max_prompts,
+            tune=tune,
+            seed=seed,
+            overwrite=overwrite,
+        )
+        with build_progress() as progress:
+            bundle = build_bundle(plan, progress)
+
+        from experts.inspection import bundle_table
+
+        Console().print(bundle_table(bundle))
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, with every digest.")] = False,
+    verify: Annotated[bool, typer.Option(help="Check every file against its digest first.")] = True,
+) -> None:
+    """Show what is in a bundle: experts, ranks, bytes, errors, method, digests."""
+    with reported_errors():
+        from experts.bundle import Bundle
+        from experts.inspection import bundle_facts, bundle_table
+
+        opened = Bundle.open(bundle, verify=verify)
+        if as_json:
+            typer.echo(json.dumps(bundle_facts(opened), indent=1, ensure_ascii=False))
+        else:
+            Console().print(bundle_table(opened))
+
+
+def _pairs(option: str, values: list[str] | None) -> dict[str, Path]:
+    """name=PATH options as a mapping.
+
+    Raises:
+        BundleError: one is not of that form, or a name comes twice.
+    """
+    pairs: dict[str, Path] = {}
+    for value in values or ():
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise BundleError(f"{option} {value!r} is not of the form name=PATH")
+        if name in pairs:
+            raise BundleError(f"{option} names {name!r} twice; give every expert a name of its own")
+        pairs[name] = Path(path)
+    return pairs
+
+
+def _method(method: Method, chosen: Mapping[str, Any]) -> "MergeMethod":
+    """The merge method with the options that were given; the others keep the method's defaults."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from experts.errors import MergeError
+    from experts.merging.methods import MergeMethod
+
+    given = {key: value for key, value in chosen.items() if value is not None}
+    adapter: TypeAdapter[MergeMethod] = TypeAdapter(MergeMethod)
+    try:
+        return adapter.validate_python({"method": method, **given})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = "--" + str(problem["loc"][-1]).replace("_", "-").replace("seed", "merge-seed")
+        if problem["type"] == "extra_forbidden":
+            raise MergeError(f"{option} means nothing to --method {method}; leave it out") from error
+        raise MergeError(f"{option} {problem['input']}: {problem['msg']}") from error
+
+
+def _spec(sizes: Mapping[str, Any], dtype: str, extras: str) -> "CompressionSpec":
+    """The compression asked for; rank 16 where no size was given."""
+    from pydantic import ValidationError
+
+    from experts.compression import CompressionSpec
+    from experts.errors import CompressionError
+
+    given = {key: value for key, value in sizes.items() if value is not None} or {"rank": 16}
+    try:
+        return CompressionSpec.model_validate({**given, "dtype": dtype, "extras": extras})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = f"--{str(problem['loc'][0]).replace('_', '-')}: " if problem["loc"] else ""
+        raise CompressionError(f"{where}{problem['msg']}") from error

@@ -1,0 +1,40 @@
+"""How much of an exclusive vector to keep, and in which form."""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class CompressionSpec(BaseModel):
+    """Exactly one of `rank`, `energy` and `budget_bytes` says how much is kept.
+
+    Attributes:
+        rank: singular values kept of each matrix, at most.
+        energy: smallest rank whose squared singular values sum to that fraction of each matrix's.
+        budget_bytes: bytes of the whole expert's tensors, shared out over its matrices by singular-value
+            energy per byte.
+        dtype: stored form of U and Vh; S is float32.
+        extras: what becomes of biases, norms, embeddings and heads. "fold": only the merge carries them,
+            their exclusive part is dropped and the report says how large it was. "exact": vectors are kept
+            dense in float32, embeddings and heads are factored like any matrix.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int | None = Field(default=None, ge=1)
+    energy: float | None = Field(default=None, gt=0, le=1)
+    budget_bytes: int | None = Field(default=None, ge=1)
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    extras: Literal["fold", "exact"] = "fold"
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(value is not None for value in (self.rank, self.energy, self.budget_bytes)) != 1:
+            raise ValueError("give exactly one of rank, energy and budget_bytes")
+        return self
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of U and Vh."""
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[self.dtype]

@@ -1,0 +1,72 @@
+"""A new expert's prompts + the features that the router kept → a router that knows all of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from experts.bundle import Bundle
+from experts.errors import RoutingError
+from experts.routing import MlpRouter, extract_features, render_prompts
+from experts.routing.loading import load_model, load_tokenizer
+
+MIN_PROMPTS = 8
+"""Fewer prompts than this cannot both train and validate."""
+_VALIDATION_EVERY = 5
+
+
+def refit_router(
+    bundle: Bundle, name: str, features: Tensor, *, forms: int = 1, replace: bool = False, seed: int = 0
+) -> MlpRouter:
+    """Fit the bundle's kind of router anew, with one more expert or with one expert's profile replaced.
+
+    Old experts are represented by the features that the current router kept, so their prompts are not
+    needed. Every fifth prompt of the new expert is held out for validation.
+
+    Args:
+        bundle: the family; it must have a router.
+        name: the new expert.
+        features: (prompts × forms, d) float32, of the bundle's shared expert and the router's FeatureSpec,
+            in the order of `render_prompts`.
+        forms: consecutive rows that come from one prompt and must stay on one side of the split.
+        replace: the expert has a profile already, which these features replace.
+        seed: of initialisation and batches.
+
+    Raises:
+        RoutingError: no router, too few prompts, a name that the router knows (without `replace`), or
+            features of another width.
+    """
+    router = bundle.router()
+    if not isinstance(router, MlpRouter):
+        raise RoutingError(f"{bundle.path} has no router that can be refitted; build it with --router mlp")
+    if name in router.names and not replace:
+        raise RoutingError(f"the router already knows expert {name!r}")
+    if features.dim() != 2 or features.shape[0] % forms or features.shape[0] < MIN_PROMPTS * forms:
+        raise RoutingError(
+            f"features of shape {tuple(features.shape)} for {name!r}; give at least {MIN_PROMPTS} prompts "
+            f"in {forms} form(s) each"
+        )
+    profiles = {other: router.profile(other) for other in router.names if other != name}
+    training = {other: profile[0] for other, profile in profiles.items()}
+    validation = {other: profile[1] for other, profile in profiles.items()}
+    held_out = torch.arange(features.shape[0]) // forms % _VALIDATION_EVERY == _VALIDATION_EVERY - 1
+    training[name], validation[name] = features[~held_out], features[held_out]
+    return MlpRouter.fit(
+        training, validation, router.spec, top_k=router.top_k, threshold=router.threshold, seed=seed
+    )
+
+
+def profile_prompts(bundle: Bundle, prompts: Sequence[str]) -> tuple[Tensor, int]:
+    """Features of prompts on the bundle's shared expert, for `refit_router`, and the forms of each prompt.
+
+    Loads the shared expert; a running server has it loaded and should take the features from there.
+
+    Raises:
+        RoutingError: the bundle has no router, or a prompt is empty.
+    """
+    router = bundle.router()
+    if router is None:
+        raise RoutingError(f"{bundle.path} has no router; build it with --router mlp")
+    ids = render_prompts(load_tokenizer(bundle.shared_path), prompts)
+    forms = len(ids) // max(len(prompts), 1)
+    return extract_features(load_model(bundle.shared_path), ids, router.spec), forms

@@ -1,0 +1,276 @@
+"""Twin-Merging's router: three linear layers with LeakyReLU and a softmax (arXiv 2406.15479, §3.3)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from experts.errors import RoutingError
+from experts.routing.examples import check_features, confusion, sample, stack
+from experts.routing.features import FeatureSpec
+from experts.routing.router import CONFIG_NAME, WEIGHTS_NAME
+from experts.routing.training import Layers, calibrate, forward, train
+
+PROFILE_LIMIT = 200
+"""Most features kept for one expert, so that the router can be refitted when another expert joins."""
+PROFILE_VALIDATION = 50
+"""Of these, at most so many come from its validation split."""
+_LAYERS = 3
+
+
+class FitRecord(BaseModel):
+    """How a router was fitted and how it did on its validation split; part of router.json.
+
+    Attributes:
+        confusion: row = true expert, column = chosen expert, counts over validation features.
+        nll_uncalibrated, nll: validation loss in nats before and after the temperature.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int
+    epochs: int
+    best_epoch: int
+    learning_rate: float
+    train_features: int
+    validation_features: int
+    validation_accuracy: float
+    nll_uncalibrated: float
+    nll: float
+    confusion: tuple[tuple[int, ...], ...]
+
+
+class _Config(BaseModel):
+    """router.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["mlp"]
+    generation: int
+    names: tuple[str, ...]
+    spec: FeatureSpec
+    top_k: int
+    threshold: float
+    temperature: float
+    record: FitRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Standardised features of one expert's prompts, float16 (n, d), which a refit uses in their place."""
+
+    train: Tensor
+    validation: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MlpRouter:
+    """A fitted router; immutable.
+
+    Attributes:
+        mean, std: (d,) float32, of the training features; a feature is standardised before the network.
+        layers: three (weight, bias) pairs.
+        profiles: expert → kept features.
+    """
+
+    kind: ClassVar[str] = "mlp"
+
+    names: tuple[str, ...]
+    spec: FeatureSpec
+    generation: int
+    top_k: int
+    threshold: float
+    temperature: float
+    mean: Tensor
+    std: Tensor
+    layers: Layers
+    profiles: Mapping[str, Profile]
+    record: FitRecord
+
+    @classmethod
+    def fit(
+        cls,
+        training: Mapping[str, Tensor],
+        validation: Mapping[str, Tensor],
+        spec: FeatureSpec,
+        *,
+        top_k: int = 2,
+        threshold: float = 0.05,
+        hidden: int = 256,
+        epochs: int = 40,
+        batch_size: int = 32,
+        learning_rate: float = 5e-4,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "MlpRouter":
+        """Fit on expert → features (n, d) float32, with a disjoint split of the same form for validation.
+
+        The same inputs and seed give the same router.
+
+        Raises:
+            RoutingError: an expert lacks features in a split, widths differ, or a feature is not finite.
+        """
+        names = tuple(sorted(training))
+        check_features(training, validation)
+        features, labels = stack(training, names)
+        held_out, held_out_labels = stack(validation, names)
+        mean = features.mean(0)
+        # A feature that hardly varies would be blown up to noise.
+        std = features.std(0, correction=0).clamp(min=1e-6)
+        scaled, scaled_held_out = (features - mean) / std, (held_out - mean) / std
+        fitted = train(
+            scaled,
+            labels,
+            scaled_held_out,
+            held_out_labels,
+            classes=len(names),
+            hidden=[hidden] * (_LAYERS - 1),
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            progress=progress,
+        )
+        logits = forward(fitted.layers, scaled_held_out)
+        temperature = calibrate(logits, held_out_labels)
+        record = FitRecord(
+            seed=seed,
+            epochs=epochs,
+            best_epoch=fitted.epoch,
+            learning_rate=learning_rate,
+            train_features=features.shape[0],
+            validation_features=held_out.shape[0],
+            validation_accuracy=fitted.accuracy,
+            nll_uncalibrated=fitted.nll,
+            nll=float(functional.cross_entropy(logits / temperature, held_out_labels)),
+            confusion=confusion(logits.argmax(1), held_out_labels, len(names)),
+        )
+        profiles = {
+            name: Profile(
+                sample((training[name] - mean) / std, PROFILE_LIMIT - PROFILE_VALIDATION),
+                sample((validation[name] - mean) / std, PROFILE_VALIDATION),
+            )
+            for name in names
+        }
+        return cls(names, spec, 0, top_k, threshold, temperature, mean, std, fitted.layers, profiles, record)
+
+    @torch.inference_mode()
+    def probabilities(self, features: Tensor) -> Tensor:
+        """See `Router.probabilities`."""
+        if features.dim() != 2 or features.shape[1] != self.mean.shape[0]:
+            raise RoutingError(
+                f"features have shape {tuple(features.shape)}; this router reads (n, {self.mean.shape[0]})"
+            )
+        scaled = (features.to(device="cpu", dtype=torch.float32) - self.mean) / self.std
+        return torch.softmax(forward(self.layers, scaled) / self.temperature, dim=1)
+
+    def without(self, name: str) -> "MlpRouter | None":
+        """See `Router.without`: the softmax over the remaining classes, no refit."""
+        if name not in self.names:
+            return self
+        kept = [index for index, other in enumerate(self.names) if other != name]
+        if not kept:
+            return None
+        weight, bias = self.layers[-1]
+        confusion = tuple(tuple(self.record.confusion[i][j] for j in kept) for i in kept)
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in kept),
+            layers=(*self.layers[:-1], (weight[kept], bias[kept])),
+            profiles={other: profile for other, profile in self.profiles.items() if other != name},
+            record=self.record.model_copy(update={"confusion": confusion}),
+        )
+
+    def at_generation(self, generation: int) -> "MlpRouter":
+        """See `Router.at_generation`."""
+        return replace(self, generation=generation)
+
+    def profile(self, name: str) -> tuple[Tensor, Tensor]:
+        """Kept training and validation features of an expert, float32 (n, d), in the original scale."""
+        kept = self.profiles[name]
+        train_features, held_out = (
+            part.to(torch.float32) * self.std + self.mean for part in (kept.train, kept.validation)
+        )
+        return train_features, held_out
+
+    def save(self, folder: Path) -> None:
+        """See `Router.save`."""
+        config = _Config(
+            kind="mlp",
+            generation=self.generation,
+            names=self.names,
+            spec=self.spec,
+            top_k=self.top_k,
+            threshold=self.threshold,
+            temperature=self.temperature,
+            record=self.record,
+        )
+        tensors = {"mean": self.mean, "std": self.std}
+        for index, (weight, bias) in enumerate(self.layers):
+            tensors[f"layers.{index}.weight"] = weight.contiguous()
+            tensors[f"layers.{index}.bias"] = bias.contiguous()
+        for name, profile in self.profiles.items():
+            tensors[f"profiles.{name}.train"] = profile.train
+            tensors[f"profiles.{name}.validation"] = profile.validation
+        save_file(tensors, folder / WEIGHTS_NAME)
+        (folder / CONFIG_NAME).write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "MlpRouter":
+        """Read what `save` wrote.
+
+        Raises:
+            RoutingError: a file is missing or malformed, or its tensors do not fit its description.
+        """
+        path = folder / CONFIG_NAME
+        try:
+            config = _Config.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise RoutingError(f"{path}: not a router description ({error}); restore the file") from error
+        path = folder / WEIGHTS_NAME
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise RoutingError(f"{path}: not readable ({error}); restore the file") from error
+        try:
+            layers = tuple(
+                (tensors[f"layers.{i}.weight"], tensors[f"layers.{i}.bias"]) for i in range(_LAYERS)
+            )
+            profiles = {
+                name: Profile(tensors[f"profiles.{name}.train"], tensors[f"profiles.{name}.validation"])
+                for name in config.names
+            }
+            router = cls(
+                config.names,
+                config.spec,
+                config.generation,
+                config.top_k,
+                config.threshold,
+                config.temperature,
+                tensors["mean"],
+                tensors["std"],
+                layers,
+                profiles,
+                config.record,
+            )
+        except KeyError as error:
+            raise RoutingError(f"{path}: tensor {error} is missing; restore the file") from error
+        router._check_shapes(path)
+        return router
+
+    def _check_shapes(self, path: Path) -> None:
+        """Raise unless every tensor fits the next and the names."""
+        width = self.mean.shape[0] if self.mean.dim() == 1 else -1
+        fits = self.std.shape == self.mean.shape
+        for weight, bias in self.layers:
+            fits = fits and weight.dim() == 2 and weight.shape[1] == width and bias.shape == weight.shape[:1]
+            width = weight.shape[0]
+        if not fits or width != len(self.names):
+            raise RoutingError(f"{path}: tensor shapes do not fit {CONFIG_NAME}; restore the file")
