@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -11,20 +10,16 @@ from torch import Tensor
 from experts.routing import FeatureSpec
 from service.core import (
     EngineGauges,
-    Event,
-    ExpertKey,
     Failed,
-    Finished,
-    FinishReason,
     GenerationRequest,
     Pattern,
-    RequestStats,
     RoutingOutcome,
     StepStats,
     TextDelta,
 )
 from service.engine.live import Live, Question, Times
 from service.engine.model import SharedModel
+from service.engine.roster import Roster, StepResult
 from service.engine.routing import Dispatcher
 from service.engine.runner import Conclusion, Step, run_step
 from service.engine.sampler import RowState, sample
@@ -36,15 +31,6 @@ from service.scheduler.sequence import Sequence
 
 _FATAL_AFTER = 8
 """Steps in a row in which every participant failed: the engine then counts as dead."""
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step made: events by request id in order, and statistics."""
-
-    events: list[tuple[str, Event]] = field(default_factory=list)
-    ended: list[RequestStats] = field(default_factory=list)
-    stats: StepStats | None = None
 
 
 class EngineBrokenError(RuntimeError):
@@ -74,16 +60,14 @@ class Engine:
         self._backend = backend
         self._end_ids = end_ids
         self._routing_tokens = routing_tokens
-        self._live: dict[str, Live] = {}
-        self._by_sequence: dict[int, Live] = {}
-        self._unrouted: deque[Live] = deque()
+        self._roster = Roster(model, scheduler, dispatcher.catalogue)
         self._questions: deque[Question] = deque()
         self._failures = 0
 
     @property
     def busy(self) -> bool:
         """There is something to compute."""
-        return bool(self._live or self._questions)
+        return bool(self._roster or self._questions)
 
     @property
     def spec(self) -> FeatureSpec | None:
@@ -105,12 +89,11 @@ class Engine:
                 self.release(fixed[0])
             result.events.append((request.id, Failed(_request_fault(error))))
             return
-        self._live[live.id] = live
-        self._by_sequence[id(live.sequence)] = live
+        self._roster.enter(live)
         if fixed is None:
-            self._unrouted.append(live)
+            self._roster.unrouted.append(live)
         else:
-            self._start(live, *fixed)
+            self._roster.start(live, *fixed)
 
     def ask(self, question: Question) -> None:
         """Queue a question for the router."""
@@ -118,22 +101,22 @@ class Engine:
 
     def cancel(self, request_id: str, result: StepResult) -> None:
         """End a request early; unknown or ended ids are ignored."""
-        live = self._live.get(request_id)
+        live = self._roster.get(request_id)
         if live is not None:
-            self._finish(live, "cancelled", None, result)
+            self._roster.finish(live, "cancelled", None, result)
 
     def publish(self, expert: ResidentExpert) -> None:
         """A new generation becomes current; running requests keep theirs."""
         self.model.bank.add(expert)
-        self._free(self.dispatcher.catalogue.publish(expert.key))
+        self._roster.free(self.dispatcher.catalogue.publish(expert.key))
 
     def retire(self, name: str) -> None:
         """No new request gets the expert."""
-        self._free(self.dispatcher.catalogue.retire(name))
+        self._roster.free(self.dispatcher.catalogue.retire(name))
 
     def release(self, pattern: Pattern) -> None:
         """Give back a lease that no request took over."""
-        self._free(self.dispatcher.catalogue.release(pattern))
+        self._roster.free(self.dispatcher.catalogue.release(pattern))
 
     def step(self) -> StepResult:
         """One forward pass and everything that follows from it.
@@ -146,14 +129,12 @@ class Engine:
         conclusion = run_step(self.model, step)
         return self._conclude(step, conclusion, started)
 
-    def fail_all(self, error: TwinserveError) -> StepResult:
+    def fail_all(self, error: TwinserveError, result: StepResult) -> None:
         """End every request with the error: the engine is going away."""
-        result = StepResult()
-        for live in list(self._live.values()):
-            self._fail(live, error, result)
+        for live in self._roster.all():
+            self._roster.fail(live, error, result)
         while self._questions:
             self._questions.popleft().answer(error)
-        return result
 
     def gauges(self, *, alive: bool) -> EngineGauges:
         """A snapshot; safe to read from another thread, if slightly stale."""
@@ -162,7 +143,7 @@ class Engine:
         running = list(self.scheduler.running)
         return EngineGauges(
             running=len(running),
-            waiting=len(self.scheduler.waiting) + len(self._unrouted),
+            waiting=len(self.scheduler.waiting) + len(self._roster.unrouted),
             kv_rows_used=rows.count - rows.free,
             kv_rows_total=rows.count,
             kv_tokens_used=sum(sequence.computed for sequence in running),
@@ -177,7 +158,7 @@ class Engine:
     def _plan(self) -> Step:
         routed: list[Live | Question] = []
         tokens = 0
-        for queue in (self._questions, self._unrouted):
+        for queue in (self._questions, self._roster.unrouted):
             while queue:
                 length = len(self._router_reads(queue[0]))
                 if routed and tokens + length > self._routing_tokens:
@@ -187,7 +168,7 @@ class Engine:
         plan = self.scheduler.plan(tokens)
         now = time.monotonic()
         for chunk in plan.prefill:
-            live = self._by_sequence[id(chunk.sequence)]
+            live = self._roster.of(chunk.sequence)
             live.times.admitted = live.times.admitted or now
         return Step(plan, routed, [tuple(self._router_reads(item)) for item in routed])
 
@@ -202,17 +183,17 @@ class Engine:
         gaps: list[float] = []
         generated = 0
         for sequence, error in conclusion.failed:
-            self._fail(self._by_sequence[id(sequence)], _request_fault(error), result)
+            self._roster.fail(self._roster.of(sequence), _request_fault(error), result)
         for item, features in conclusion.routed:
             self._routed(item, features, started, result)
         for sequence, count in conclusion.advanced:
             sequence.computed += count
         if conclusion.logits is not None:
-            lives = [self._by_sequence[id(sequence)] for sequence in conclusion.sampled]
+            lives = [self._roster.of(sequence) for sequence in conclusion.sampled]
             now = time.monotonic()
             for live, token in zip(lives, _sample(conclusion.logits, lives), strict=True):
                 if isinstance(token, Exception):
-                    self._fail(live, _request_fault(token), result)
+                    self._roster.fail(live, _request_fault(token), result)
                     continue
                 generated += 1
                 if live.times.last_token is None:
@@ -246,17 +227,17 @@ class Engine:
             enough = sequence.generated >= params.min_tokens
             if enough and token in live.sampling.ends:
                 stop = token if token in params.stop_token_ids else None
-                self._finish(live, "stop", stop, result)
+                self._roster.finish(live, "stop", stop, result)
                 return
             text = live.text.push(token, may_stop=enough)
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
-            self._fail(live, _request_fault(error), result)
+            self._roster.fail(live, _request_fault(error), result)
             return
         result.events.append((live.id, TextDelta(text, (token,))))
         if live.text.stopped_by is not None:
-            self._finish(live, "stop", live.text.stopped_by, result)
+            self._roster.finish(live, "stop", live.text.stopped_by, result)
         elif sequence.generated >= params.max_tokens:
-            self._finish(live, "length", None, result)
+            self._roster.finish(live, "length", None, result)
 
     def _routed(
         self, item: Live | Question, features: Tensor | Exception | None, started: float, result: StepResult
@@ -265,7 +246,7 @@ class Engine:
             missing = RequestFailedError("this bundle has no router, so prompts have no features")
             item.answer(missing if features is None else features)
             return
-        if item.id not in self._live:
+        if item.id not in self._roster:
             return
         try:
             if isinstance(features, Exception):
@@ -273,18 +254,16 @@ class Engine:
             choice = item.request.routing
             pattern, outcome = self.dispatcher.route(_required(features), choice)
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
-            self._fail(item, _request_fault(error), result)
+            self._roster.fail(item, _request_fault(error), result)
             return
         item.times.route_seconds = time.monotonic() - started
-        self._start(item, pattern, outcome)
+        self._roster.start(item, pattern, outcome)
 
     def _watch(self, conclusion: Conclusion, generated: int, step: Step) -> None:
         hopeless = bool(conclusion.failed) and not generated and not conclusion.advanced
         self._failures = self._failures + 1 if hopeless else 0
         if self._failures >= _FATAL_AFTER:
             raise EngineBrokenError(f"{self._failures} steps in a row failed: {conclusion.failed[-1][1]}")
-
-    # -- life of a request --------------------------------------------------------------------------
 
     def _open(self, request: GenerationRequest, arrived: float) -> Live:
         params = request.sampling
@@ -296,42 +275,6 @@ class Engine:
             TextStream(self._backend, request.prompt_ids, params.stop),
             Times(arrived),
         )
-
-    def _start(self, live: Live, pattern: Pattern, outcome: RoutingOutcome) -> None:
-        live.pattern = live.sequence.pattern = pattern
-        live.outcome = outcome
-        live.times.routed = time.monotonic()
-        self.scheduler.add(live.sequence)
-
-    def _finish(
-        self, live: Live, reason: FinishReason, stop_reason: str | int | None, result: StepResult
-    ) -> None:
-        if reason != "cancelled" and live.text.stopped_by is None:
-            rest = live.text.finish()
-            if rest:
-                result.events.append((live.id, TextDelta(rest, ())))
-        result.events.append((live.id, Finished(reason, live.usage, live.outcome, stop_reason)))
-        self._drop(live, reason, result)
-
-    def _fail(self, live: Live, error: TwinserveError, result: StepResult) -> None:
-        if live.sequence.row is not None:
-            self.model.cache.wipe(live.sequence.row)
-        result.events.append((live.id, Failed(error)))
-        self._drop(live, "error", result)
-
-    def _drop(self, live: Live, reason: str, result: StepResult) -> None:
-        self.scheduler.remove(live.sequence)
-        if live in self._unrouted:
-            self._unrouted.remove(live)
-        del self._live[live.id]
-        del self._by_sequence[id(live.sequence)]
-        if live.pattern is not None:
-            self._free(self.dispatcher.catalogue.release(live.pattern))
-        result.ended.append(live.stats(reason))
-
-    def _free(self, keys: Many[ExpertKey]) -> None:
-        for key in keys:
-            self.model.bank.remove(key)
 
 
 def _sample(logits: Tensor, lives: Many[Live]) -> Many[int | Exception]:

@@ -59,7 +59,9 @@ def make_resident(
     Safe on any thread; the engine thread later only stores the result.
 
     Raises:
-        ExpertRejectedError: a tensor of the expert has no site in the model or a wrong shape.
+        ExpertRejectedError: a tensor of the expert has no site in the model, a wrong shape, or values that
+            are not finite in the model's dtype. (A gate of zero does not silence NaN: it would reach
+            every row that shares a step with the expert.)
     """
     matrix_sites = {s.weight: s for s in sites if s.kind != "norm"}
     vector_shapes = _vector_shapes(sites)
@@ -81,7 +83,7 @@ def make_resident(
                 f"expert {weights.name!r}: tensor {name!r} of shape {tuple(delta.shape)} does not fit "
                 f"the model ({shape if shape else 'no such bias or norm'}); rebuild the expert on this base"
             )
-        vectors[name] = delta.to(device=device, dtype=dtype)
+        vectors[name] = _finite(weights.name, name, delta.to(device=device, dtype=dtype))
     return ResidentExpert(ExpertKey(weights.name, weights.generation), matrices, vectors)
 
 
@@ -112,5 +114,15 @@ def _orient(
     else:
         a, b = vh, (u * sigma).t()
     return MatrixFactors(
-        a.to(device=device, dtype=dtype).contiguous(), b.to(device=device, dtype=dtype).contiguous()
+        _finite(expert, name, a.to(device=device, dtype=dtype).contiguous()),
+        _finite(expert, name, b.to(device=device, dtype=dtype).contiguous()),
     )
+
+
+def _finite(expert: str, name: str, tensor: Tensor) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise ExpertRejectedError(
+            f"expert {expert!r}: tensor {name!r} holds NaN or infinity as {tensor.dtype}; "
+            "check the fine-tune, or serve in a wider dtype"
+        )
+    return tensor

@@ -12,8 +12,9 @@ from experts.bundle import ExpertWeights
 from experts.factors import SvdFactors
 from experts.routing import Router
 from service.core import Event, Failed, Finished, GenerationRequest, RoutingChoice, SamplingParams, TextDelta
-from service.engine.engine import Engine, StepResult
+from service.engine.engine import Engine
 from service.engine.model import SharedModel
+from service.engine.roster import StepResult
 from service.engine.routing import Dispatcher, RoutingDefaults
 from service.scheduler.catalogue import Catalogue
 from service.scheduler.scheduler import Budget, Scheduler

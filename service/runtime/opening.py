@@ -1,0 +1,72 @@
+"""From a bundle on disk to a running runtime."""
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from experts.bundle import Bundle
+from service.engine.engine import Engine
+from service.engine.model import SharedModel
+from service.engine.routing import Dispatcher, RoutingDefaults
+from service.runtime.config import RuntimeConfig
+from service.runtime.runtime import Runtime
+from service.runtime.thread import StatsSink
+from service.scheduler.catalogue import Catalogue
+from service.scheduler.scheduler import Budget, Scheduler
+
+_LONGEST_DEFAULT = 4096
+"""Context where neither the model nor the settings ask for less."""
+
+
+def open_runtime(bundle: Bundle, config: RuntimeConfig, stats: StatsSink | None = None) -> Runtime:
+    """Load a bundle's shared expert, experts and router, and start the engine thread. Blocks.
+
+    Raises:
+        ExpertRejectedError: the shared model or an expert cannot be served exactly.
+        BundleError: a file of the bundle is broken.
+    """
+    router = bundle.router()
+    tokenizer = AutoTokenizer.from_pretrained(
+        bundle.shared_path, local_files_only=True, trust_remote_code=False
+    )
+    model = SharedModel(
+        bundle.shared_path,
+        rows=config.max_batch,
+        max_tokens=_context(bundle, config.max_context),
+        dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
+        device=torch.device(_device(config.device)),
+        spec=router.spec if router is not None else None,
+        pack_base=config.pack_base,
+    )
+    catalogue = Catalogue()
+    for name in bundle.expert_names():
+        resident = model.bank.prepare(bundle.expert(name))
+        model.bank.add(resident)
+        catalogue.publish(resident.key)
+    end_ids = _end_ids(model, tokenizer)
+    engine = Engine(
+        model,
+        Scheduler(config.max_batch, Budget(config.prefill_step_tokens, config.prefill_chunk_tokens)),
+        Dispatcher(catalogue, router, RoutingDefaults(config.router_top_k, config.router_threshold)),
+        tokenizer.backend_tokenizer,
+        end_ids,
+    )
+    return Runtime(engine, tokenizer, bundle.manifest.name, end_ids, config, stats)
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _context(bundle: Bundle, limit: int | None) -> int:
+    config = AutoConfig.from_pretrained(bundle.shared_path, local_files_only=True).get_text_config()
+    own = int(getattr(config, "max_position_embeddings", _LONGEST_DEFAULT))
+    return min(own, limit if limit is not None else _LONGEST_DEFAULT)
+
+
+def _end_ids(model: SharedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    configured = model.model.generation_config.eos_token_id if model.model.generation_config else None
+    ids = set(configured if isinstance(configured, list) else [configured])
+    ids.add(tokenizer.eos_token_id)
+    return frozenset(int(i) for i in ids if i is not None)

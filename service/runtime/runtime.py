@@ -1,0 +1,312 @@
+"""What the api talks to: admission, results, experts, state. Its methods are for the event loop."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from experts.bundle import ExpertWeights
+from experts.routing import Router
+from service.core import (
+    EngineGauges,
+    Event,
+    ExpertStatus,
+    Failed,
+    Finished,
+    GenerationRequest,
+    RoutingChoice,
+    RoutingOutcome,
+)
+from service.engine.engine import Engine
+from service.engine.live import Question
+from service.engine.roster import StepResult
+from service.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    ExpertNotFoundError,
+    InvalidRequestError,
+    QueueFullError,
+    ShuttingDownError,
+)
+from service.runtime.config import RuntimeConfig
+from service.runtime.generation import Generation
+from service.runtime.thread import Command, EngineThread, StatsSink
+
+T = TypeVar("T")
+
+
+class Runtime:
+    """A served bundle. Made by `open_runtime`; methods are for the event loop unless they say otherwise."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        bundle_name: str,
+        end_ids: frozenset[int],
+        config: RuntimeConfig,
+        stats: StatsSink | None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.bundle_name = bundle_name
+        self.end_ids = end_ids
+        self.vocab_size = engine.model.vocabulary
+        self.max_context = engine.model.cache.max_tokens
+        self.max_batch = config.max_batch
+        self._engine = engine
+        self._limit = config.max_batch + config.max_queue
+        self._generations: dict[str, Generation] = {}
+        self._draining = False
+        self._thread = EngineThread(engine, self._deliver, stats, config.threads)
+        self._thread.start()
+
+    # -- requests -----------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Accept a request and return its events.
+
+        Raises:
+            EngineDeadError, ShuttingDownError, QueueFullError: nothing can be taken now.
+            ContextLengthError, InvalidRequestError: the prompt does not fit the model.
+            UnknownExpertError: a gate names an expert that is not registered.
+        """
+        self._check_open()
+        self._check_prompt(request)
+        if len(self._generations) >= self._limit:
+            raise QueueFullError(
+                f"{len(self._generations)} requests are running or waiting, the limit is {self._limit} "
+                "(TWINSERVE_MAX_QUEUE); try again later",
+                retry_after=1.0,
+            )
+        if request.id in self._generations:
+            raise InvalidRequestError(f"a request with id {request.id!r} is running", param="request_id")
+        engine, arrived = self._engine, time.monotonic()
+        if request.routing.gates is None:
+            self._check_router()
+        fixed = engine.dispatcher.fixed(request.routing) if request.routing.gates is not None else None
+        generation = Generation(asyncio.get_running_loop(), lambda: self._cancel(request.id))
+        self._generations[request.id] = generation
+        try:
+            self._thread.send(lambda result: engine.add(request, fixed, arrived, result))
+        except EngineDeadError:
+            del self._generations[request.id]
+            raise
+        return generation
+
+    async def route(self, prompts: Sequence[tuple[int, ...]], choice: RoutingChoice) -> list[RoutingOutcome]:
+        """What the router would choose for each prompt, without generating.
+
+        Raises:
+            InvalidRequestError: there is no router.
+            EngineDeadError, ShuttingDownError: nothing can be taken now.
+        """
+        dispatcher = self._engine.dispatcher
+        if choice.gates is not None:
+            pattern, named = dispatcher.fixed(choice)
+            self._thread.send(lambda _: self._engine.release(pattern))
+            return [named] * len(prompts)
+        self._check_router()
+
+        def answer(features: Tensor) -> RoutingOutcome:
+            pattern, found = dispatcher.route(features, choice)
+            self._engine.release(pattern)
+            return found
+
+        return await self._ask(prompts, answer)
+
+    async def features(self, prompts: Sequence[tuple[int, ...]]) -> npt.NDArray[np.float32]:
+        """Router features of each prompt, (prompts, d) float32.
+
+        Raises:
+            InvalidRequestError: there is no router that says which features.
+        """
+        if self._engine.spec is None:
+            raise InvalidRequestError(
+                "this bundle has no router, so prompts have no features", param="prompts"
+            )
+        rows = await self._ask(prompts, lambda features: features)
+        return np.asarray(torch.stack(rows).numpy(), dtype=np.float32)
+
+    # -- experts ------------------------------------------------------------------------------------
+
+    def experts(self) -> list[ExpertStatus]:
+        """Every current expert, and older generations that requests still use; by name, newest first."""
+        dispatcher, bank = self._engine.dispatcher, self._engine.model.bank
+        current = set(dispatcher.catalogue.current().values())
+        routed = set(dispatcher.router.names) if dispatcher.router is not None else set[str]()
+        found = []
+        for key, leases in dispatcher.catalogue.leases().items():
+            resident = bank.resident(key)
+            found.append(
+                ExpertStatus(
+                    name=key.name,
+                    generation=key.generation,
+                    state="active" if key in current else "retired",
+                    routed=key in current and key.name in routed,
+                    leases=leases,
+                    nbytes=resident.nbytes if resident else 0,
+                    max_rank=resident.max_rank if resident else 0,
+                )
+            )
+        return sorted(found, key=lambda status: (status.name, -status.generation))
+
+    async def publish(self, expert: ExpertWeights, router: Router | None) -> None:
+        """Put a generation live between two steps, together with the router that knows it.
+
+        Raises:
+            ExpertRejectedError: the expert does not fit the model; nothing has changed then.
+        """
+        resident = await asyncio.to_thread(self._engine.model.bank.prepare, expert)
+
+        def switch(_: StepResult) -> None:
+            self._engine.publish(resident)
+            self._engine.dispatcher.router = router
+
+        await self._call(switch)
+
+    async def retire(self, name: str, router: Router | None) -> None:
+        """Stop giving the expert to new requests; running ones keep it.
+
+        Raises:
+            ExpertNotFoundError: no such expert.
+        """
+        if name not in self._engine.dispatcher.catalogue.current():
+            raise ExpertNotFoundError(f"no expert named {name!r}", param="name")
+
+        def switch(_: StepResult) -> None:
+            self._engine.retire(name)
+            self._engine.dispatcher.router = router
+
+        await self._call(switch)
+
+    # -- state --------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """The engine thread runs and has not failed."""
+        return self._thread.alive
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has ended; None while it runs."""
+        return self._thread.failure
+
+    @property
+    def ready(self) -> bool:
+        """New requests are accepted."""
+        return self.alive and not self._draining
+
+    def gauges(self) -> EngineGauges:
+        """A snapshot for metrics; any thread."""
+        return self._engine.gauges(alive=self.alive)
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, let running ones finish up to `timeout` seconds, then end them with an error."""
+        self._draining = True
+        deadline = time.monotonic() + timeout
+        while self._generations and self.alive and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        if self._generations and self.alive:
+            error = ShuttingDownError("the server stopped before the answer was complete", retry_after=1.0)
+            await self._call(lambda result: self._engine.fail_all(error, result))
+
+    def close(self) -> None:
+        """End the engine thread; live requests get an error. Blocks until it has ended."""
+        self._draining = True
+        self._thread.close()
+
+    # -- event loop side ----------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if not self.alive:
+            raise self._thread.dead()
+        if self._draining:
+            raise ShuttingDownError("the server is shutting down", retry_after=1.0)
+
+    def _check_router(self) -> None:
+        if self._engine.dispatcher.router is None:
+            raise InvalidRequestError(
+                "this bundle has no router; name an expert as model, or give gates", param="model"
+            )
+
+    def _check_prompt(self, request: GenerationRequest) -> None:
+        ids = request.prompt_ids
+        if not ids:
+            raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise InvalidRequestError(
+                f"token ids must lie in [0, {self.vocab_size}); got {min(ids)}..{max(ids)}", param="prompt"
+            )
+        wanted = len(ids) + request.sampling.max_tokens
+        if wanted > self.max_context:
+            raise ContextLengthError(
+                f"{len(ids)} prompt tokens and max_tokens={request.sampling.max_tokens} need {wanted}; "
+                f"the context is {self.max_context}: shorten the prompt or lower max_tokens",
+                param="max_tokens",
+            )
+
+    async def _ask(self, prompts: Sequence[tuple[int, ...]], answer: Callable[[Tensor], T]) -> list[T]:
+        self._check_open()
+        futures = [self._question(ids, answer) for ids in prompts]
+        return list(await asyncio.gather(*(asyncio.wrap_future(future) for future in futures)))
+
+    def _question(self, ids: tuple[int, ...], answer: Callable[[Tensor], T]) -> "Future[T]":
+        future: Future[T] = Future()
+
+        def settle(features: Tensor | Exception) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                if isinstance(features, Exception):
+                    raise features
+                future.set_result(answer(features))
+            except Exception as error:  # noqa: BLE001 belongs to whoever asked
+                future.set_exception(error)
+
+        self._thread.send(lambda _: self._engine.ask(Question(ids, settle)))
+        return future
+
+    async def _call(self, change: Command) -> None:
+        """Run `change` on the engine thread between two steps."""
+        future: Future[None] = Future()
+
+        def command(result: StepResult) -> None:
+            try:
+                change(result)
+                future.set_result(None)
+            except Exception as error:  # noqa: BLE001 belongs to the caller
+                future.set_exception(error)
+
+        self._thread.send(command)
+        await asyncio.wrap_future(future)
+
+    def _cancel(self, request_id: str) -> None:
+        if self.alive:
+            self._thread.send(lambda result: self._engine.cancel(request_id, result))
+
+    def _deliver(self, events: list[tuple[str, Event]]) -> None:
+        """On the engine thread: send events to the loops of their requests."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[str, Event]]] = {}
+        for request_id, event in events:
+            generation = self._generations.get(request_id)
+            if generation is not None:
+                by_loop.setdefault(generation.loop, []).append((request_id, event))
+        for loop, batch in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._dispatch, batch)
+
+    def _dispatch(self, events: Iterable[tuple[str, Event]]) -> None:
+        for request_id, event in events:
+            generation = self._generations.get(request_id)
+            if generation is None:
+                continue
+            if isinstance(event, Finished | Failed):
+                del self._generations[request_id]
+            generation.deliver(event)

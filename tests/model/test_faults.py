@@ -1,0 +1,190 @@
+"""A fault stays with the request that has it; nothing leaks; the engine says when it is beyond help."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from service.core import Failed, Finished, SamplingParams
+from service.engine.engine import EngineBrokenError
+from service.engine.model import UnsupportedModelError, check_config
+from service.engine.sampler import RowState
+from service.errors import ExpertRejectedError, RequestFailedError
+from tests.fixtures.tiny import VOCABULARY, tiny_model
+from tests.model.harness import GREEDY, Harness, materialised, prompt_ids, random_expert, reference
+
+LONG = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("llama") / "m", seed=3)
+
+
+@pytest.fixture
+def expert(path: Path):
+    return random_expert(AutoModelForCausalLM.from_pretrained(path), "e", seed=1)
+
+
+def test_a_fault_in_the_forward_pass_fails_only_the_request_that_causes_it(path, expert, monkeypatch):
+    harness = Harness(path, [expert])
+    poison = prompt_ids(50, 7, VOCABULARY)
+    forward = harness.model.forward
+
+    def explode(tokens, positions, layout, kept):
+        if any(list(poison) == list(tokens[i : i + 7]) for i in range(len(tokens))):
+            raise RuntimeError("a kernel gave up")
+        return forward(tokens, positions, layout, kept)
+
+    monkeypatch.setattr(harness.model, "forward", explode)
+    harness.submit("a", prompt_ids(1, 9, VOCABULARY), {"e": 1.0}, LONG)
+    harness.step()
+    harness.submit("bad", poison, {"e": 1.0}, LONG)
+    harness.submit("b", prompt_ids(2, 9, VOCABULARY), {}, LONG)
+    harness.run()
+    failure = harness.terminal("bad")
+    assert isinstance(failure, Failed)
+    assert isinstance(failure.error, RequestFailedError)
+    assert "a kernel gave up" in failure.error.message
+    assert harness.tokens("a") == reference(
+        materialised(path, [(expert, 1.0)]), prompt_ids(1, 9, VOCABULARY), 30
+    )
+    assert harness.tokens("b") == reference(materialised(path, []), prompt_ids(2, 9, VOCABULARY), 30)
+    harness.assert_idle()
+
+
+@pytest.mark.parametrize("stage", ["record", "push"])
+def test_a_fault_in_sampling_or_text_fails_only_its_request(path, stage, monkeypatch):
+    harness = Harness(path)
+    for name in ("a", "bad", "b"):
+        harness.submit(name, prompt_ids(1, 9, VOCABULARY), {}, LONG)
+    live = harness.engine._roster.get("bad")
+    target = live.sampling if stage == "record" else live.text
+
+    def explode(self, *args, **kwargs):
+        if self is target:
+            raise ValueError("broken")
+        return original(self, *args, **kwargs)
+
+    original = getattr(type(target), stage)
+    monkeypatch.setattr(type(target), stage, explode)
+    harness.run()
+    assert isinstance(harness.terminal("bad"), Failed)
+    expected = reference(materialised(path, []), prompt_ids(1, 9, VOCABULARY), 30)
+    assert harness.tokens("a") == harness.tokens("b") == expected
+    harness.assert_idle()
+
+
+def test_an_exception_in_the_sampler_is_pinned_to_its_row(path, monkeypatch):
+    harness = Harness(path)
+    sampled = SamplingParams(max_tokens=5, temperature=1.0, seed=1, ignore_eos=True)
+    harness.submit("bad", prompt_ids(1, 9, VOCABULARY), {}, sampled)
+    harness.submit("good", prompt_ids(2, 9, VOCABULARY), {}, LONG)
+    bad = harness.engine._roster.get("bad").sampling
+    monkeypatch.setattr(
+        RowState, "edits_logits", property(lambda self: 1 / 0 if self is bad else False), raising=True
+    )
+    harness.run()
+    assert isinstance(harness.terminal("bad"), Failed)
+    assert isinstance(harness.terminal("good"), Finished)
+    harness.assert_idle()
+
+
+def test_an_overflowing_mix_fails_its_row_and_never_the_others_or_the_next_in_its_row(path, expert):
+    harness = Harness(path, [expert], rows=2)
+    harness.submit("bad", prompt_ids(1, 20, VOCABULARY), {"e": math.inf}, GREEDY)
+    harness.submit("beside", prompt_ids(3, 20, VOCABULARY), {"e": 1.0}, LONG)
+    harness.submit("good", prompt_ids(2, 5, VOCABULARY), {"e": 1.0}, GREEDY)
+    harness.run()
+    assert "NaN" in harness.terminal("bad").error.message
+    beside = reference(materialised(path, [(expert, 1.0)]), prompt_ids(3, 20, VOCABULARY), 30)
+    assert harness.tokens("beside") == beside
+    assert harness.tokens("good") == reference(
+        materialised(path, [(expert, 1.0)]), prompt_ids(2, 5, VOCABULARY), 8
+    )
+    harness.assert_idle()
+
+
+def test_a_model_that_always_fails_breaks_the_engine_after_a_few_steps(path, monkeypatch):
+    harness = Harness(path)
+
+    def explode(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(harness.model, "forward", explode)
+    for i in range(7):
+        harness.submit(f"r{i}", prompt_ids(1, 4, VOCABULARY), {})
+        harness.step()
+    harness.submit("last", prompt_ids(1, 4, VOCABULARY), {})
+    with pytest.raises(EngineBrokenError, match="no memory"):
+        harness.step()
+
+
+def test_cancelled_requests_end_once_and_free_everything(path, expert):
+    harness = Harness(path, [expert], rows=2)
+    for i in range(6):
+        harness.submit(f"r{i}", prompt_ids(i, 30, VOCABULARY), {"e": 1.0}, LONG)
+    for i in range(6):
+        harness.cancel(f"r{i}")
+        harness.cancel(f"r{i}")
+        if harness.engine.busy:
+            harness.step()
+    harness.run()
+    assert {harness.finished(f"r{i}").reason for i in range(6)} == {"cancelled"}
+    harness.assert_idle()
+
+
+def test_stop_ids_end_of_sequence_and_minimum_length_decide_the_end(path):
+    prompt = prompt_ids(4, 9, VOCABULARY)
+    expected = reference(materialised(path, []), prompt, 30)
+    third = expected[2]
+    first = expected.index(third)
+    harness = Harness(path)
+    stop = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=frozenset({third}))
+    harness.submit("stop", prompt, {}, stop)
+    harness.submit("one", prompt, {}, SamplingParams(max_tokens=1, temperature=0))
+    harness.run()
+    ended = harness.finished("stop")
+    assert (ended.reason, ended.stop_reason) == ("stop", third)
+    assert harness.tokens("stop") == expected[:first]
+    assert ended.usage.completion_tokens == first + 1
+    assert harness.finished("one").reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+        ({"attn_logit_softcapping": 30.0}, "softcapping"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type 'dynamic'",
+        ),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+    ],
+)
+def test_models_that_packed_steps_cannot_run_exactly_are_refused_by_name(path, change, message):
+    config = AutoConfig.from_pretrained(path)
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_config(config)
+
+
+def test_an_expert_with_nan_is_refused_because_no_gate_could_silence_it(path, expert):
+    name, factors = next(iter(expert.factors.items()))
+    broken = type(factors)(factors.U * torch.nan, factors.S, factors.Vh)
+    with pytest.raises(ExpertRejectedError, match=f"'{name}' holds NaN"):
+        Harness(path).publish(type(expert)("nan", 1, dict(expert.factors) | {name: broken}, {}))
+
+
+def test_an_expert_of_another_shape_is_refused_and_nothing_changes(path, tmp_path):
+    other = tiny_model("llama", tmp_path / "wide", seed=1, intermediate_size=96)
+    stranger = random_expert(AutoModelForCausalLM.from_pretrained(other), "stranger", seed=1)
+    harness = Harness(path)
+    with pytest.raises(ExpertRejectedError, match="mlp"):
+        harness.publish(stranger)
+    assert harness.catalogue.current() == {}
+    assert harness.model.bank.resident_count == 0

@@ -1,0 +1,263 @@
+"""From the event loop: one terminal event always, nothing waits for ever, experts change under way."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from experts.bundle import Bundle
+from service.core import Failed, Finished, GenerationRequest, RoutingChoice, SamplingParams, TextDelta
+from service.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    ExpertNotFoundError,
+    InvalidRequestError,
+    QueueFullError,
+    ShuttingDownError,
+    UnknownExpertError,
+)
+from service.runtime import Runtime, RuntimeConfig, open_runtime
+from tests.fixtures.tiny import VOCABULARY, tiny_family
+from tests.model.harness import prompt_ids
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(tiny_family(tmp_path_factory.mktemp("family")).bundle)
+
+
+class Recorder:
+    """Keeps what the runtime reports."""
+
+    def __init__(self) -> None:
+        self.steps, self.requests = [], []
+
+    def on_step(self, stats) -> None:
+        self.steps.append(stats)
+
+    def on_request(self, stats) -> None:
+        self.requests.append(stats)
+
+
+@asynccontextmanager
+async def _open(bundle: Bundle, stats=None, **config) -> AsyncIterator[Runtime]:
+    runtime = open_runtime(bundle, RuntimeConfig(dtype="float32", threads=1, **config), stats)
+    try:
+        yield runtime
+    finally:
+        await asyncio.to_thread(runtime.close)
+
+
+def _request(name: str, gates=None, tokens: int = 12, seed: int = 1, **sampling) -> GenerationRequest:
+    params = SamplingParams(max_tokens=tokens, **{"temperature": 0.0, "ignore_eos": True} | sampling)
+    return GenerationRequest(name, prompt_ids(seed, 10, VOCABULARY), params, RoutingChoice(gates=gates))
+
+
+async def _events(generation) -> list:
+    return [event async for event in generation]
+
+
+def _tokens(events) -> list[int]:
+    return [token for event in events if isinstance(event, TextDelta) for token in event.token_ids]
+
+
+def test_many_requests_at_once_all_end_and_are_counted(bundle):
+    async def scenario() -> None:
+        recorder = Recorder()
+        async with _open(bundle, recorder, max_batch=4) as runtime:
+            mixes = [None, {}, {"alpha": 1.0}, {"beta": 0.5, "gamma": 0.5}]
+            generations = [runtime.submit(_request(f"r{i}", mixes[i % 4], seed=i % 4)) for i in range(24)]
+            answers = await asyncio.gather(*(_events(g) for g in generations))
+            for events in answers:
+                assert isinstance(events[-1], Finished)
+                assert len(_tokens(events)) == 12
+            # The same request gives the same tokens, whoever else ran beside it.
+            for i in range(4):
+                assert len({tuple(_tokens(answers[j])) for j in range(i, 24, 4)}) == 1
+            gauges = runtime.gauges()
+            assert (gauges.running, gauges.waiting, gauges.kv_rows_used) == (0, 0, 0)
+        assert len(recorder.requests) == 24
+        assert sum(step.generated_tokens for step in recorder.steps) == 24 * 12
+        assert {step.mode for step in recorder.steps} <= {"shared", "factored"}
+        assert all(stats.first_token_seconds > 0 for stats in recorder.requests)
+
+    asyncio.run(scenario())
+
+
+def test_cancelling_ends_a_request_once_and_soon(bundle):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+            generation = runtime.submit(_request("r", {"alpha": 1.0}, tokens=200))
+            first = await anext(generation)
+            generation.cancel()
+            generation.cancel()
+            rest = await _events(generation)
+            assert isinstance(first, TextDelta)
+            assert rest[-1].reason == "cancelled"
+            assert rest[-1].usage.completion_tokens < 200
+            generation.cancel()
+            assert [s.leases for s in runtime.experts()] == [0, 0, 0]
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_refuses_before_anything_is_queued(bundle):
+    async def scenario() -> None:
+        async with _open(bundle, max_batch=1, max_queue=1) as runtime:
+            first = runtime.submit(_request("a", tokens=100))
+            second = runtime.submit(_request("b"))
+            with pytest.raises(QueueFullError, match="TWINSERVE_MAX_QUEUE") as caught:
+                runtime.submit(_request("c"))
+            assert caught.value.retry_after
+            assert isinstance((await _events(first))[-1], Finished)
+            assert isinstance((await _events(second))[-1], Finished)
+            assert isinstance((await _events(runtime.submit(_request("c"))))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        (GenerationRequest("r", (), SamplingParams(max_tokens=1)), InvalidRequestError, "no tokens"),
+        (GenerationRequest("r", (VOCABULARY,), SamplingParams(max_tokens=1)), InvalidRequestError, r"\[0, 320\)"),
+        (GenerationRequest("r", (-1,), SamplingParams(max_tokens=1)), InvalidRequestError, r"-1\.\.-1"),
+        (GenerationRequest("r", (5,) * 250, SamplingParams(max_tokens=7)), ContextLengthError, "257"),
+        (_request("r", {"nobody": 1.0}), UnknownExpertError, "nobody"),
+    ],
+)
+def test_what_cannot_run_is_refused_at_once(bundle, request_, error, message):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+            with pytest.raises(error, match=message):
+                runtime.submit(request_)
+            assert runtime.gauges().waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_running_id_cannot_be_used_twice(bundle):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+            first = runtime.submit(_request("same", tokens=50))
+            with pytest.raises(InvalidRequestError, match="same"):
+                runtime.submit(_request("same"))
+            assert isinstance((await _events(first))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_engine_hangs_nobody(bundle, monkeypatch):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+            generations = [runtime.submit(_request(f"r{i}", tokens=100)) for i in range(3)]
+            await anext(generations[0])
+
+            def explode(*_):
+                raise MemoryError("gone")
+
+            monkeypatch.setattr(runtime._engine, "step", explode)
+            for generation in generations:
+                last = (await _events(generation))[-1]
+                assert isinstance(last, Failed)
+                assert isinstance(last.error, EngineDeadError)
+            assert not runtime.alive
+            assert not runtime.ready
+            assert "gone" in runtime.failure
+            with pytest.raises(EngineDeadError):
+                runtime.submit(_request("late"))
+            with pytest.raises(EngineDeadError):
+                await runtime.route([(1, 2, 3)], RoutingChoice())
+            with pytest.raises(EngineDeadError):
+                await runtime.retire("alpha", None)
+
+    asyncio.run(scenario())
+
+
+def test_draining_lets_running_requests_end_and_refuses_new_ones(bundle):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+            running = runtime.submit(_request("r", tokens=30))
+            draining = asyncio.create_task(runtime.drain(60))
+            await asyncio.sleep(0)
+            with pytest.raises(ShuttingDownError):
+                runtime.submit(_request("late"))
+            assert isinstance((await _events(running))[-1], Finished)
+            await draining
+
+    asyncio.run(scenario())
+
+
+def test_a_drain_that_runs_out_of_time_ends_the_rest_with_an_error(bundle):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+            running = runtime.submit(_request("r", tokens=240))
+            await runtime.drain(0)
+            last = (await _events(running))[-1]
+            assert isinstance(last, Failed)
+            assert isinstance(last.error, ShuttingDownError)
+
+    asyncio.run(scenario())
+
+
+def test_closing_ends_running_requests_with_an_error(bundle):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+            running = runtime.submit(_request("r", tokens=240))
+            await anext(running)
+            await asyncio.to_thread(runtime.close)
+            assert isinstance((await _events(running))[-1], Failed)
+
+    asyncio.run(scenario())
+
+
+def test_an_expert_is_replaced_and_retired_while_requests_hold_it(bundle):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+            old = bundle.expert("alpha")
+            new = type(old)("alpha", 2, bundle.expert("beta").factors, {})
+            expected_old = _tokens(await _events(runtime.submit(_request("x", {"alpha": 1.0}, tokens=60))))
+            expected_new = _tokens(await _events(runtime.submit(_request("y", {"beta": 1.0}, tokens=60))))
+            holding = runtime.submit(_request("old", {"alpha": 1.0}, tokens=60))
+            await anext(holding)
+            await runtime.publish(new, bundle.router())
+            after = runtime.submit(_request("new", {"alpha": 1.0}, tokens=60))
+            states = {(s.name, s.generation): s.state for s in runtime.experts()}
+            assert states[("alpha", 2)] == "active"
+            await runtime.retire("beta", None)
+            with pytest.raises(UnknownExpertError):
+                runtime.submit(_request("none", {"beta": 1.0}))
+            with pytest.raises(ExpertNotFoundError):
+                await runtime.retire("beta", None)
+            events = await _events(holding)
+            assert events[-1].routing.generations == {"alpha": 1}
+            first = expected_old[0]
+            assert [first, *_tokens(events)] == expected_old
+            events = await _events(after)
+            assert events[-1].routing.generations == {"alpha": 2}
+            assert _tokens(events) == expected_new
+            assert {(s.name, s.generation) for s in runtime.experts()} == {("alpha", 2), ("gamma", 1)}
+
+    asyncio.run(scenario())
+
+
+def test_route_explains_without_generating(bundle):
+    async def scenario() -> None:
+        recorder = Recorder()
+        async with _open(bundle, recorder) as runtime:
+            prompts = [prompt_ids(i, 8, VOCABULARY) for i in range(3)]
+            found = await runtime.route(prompts, RoutingChoice(top_k=1, threshold=0.0))
+            assert [len(outcome.gates) for outcome in found] == [1, 1, 1]
+            assert all(sum(outcome.scores.values()) == pytest.approx(1, abs=1e-5) for outcome in found)
+            features = await runtime.features(prompts)
+            assert features.shape[0] == 3
+            named = await runtime.route(prompts, RoutingChoice(gates={"beta": 2.0}))
+            assert [outcome.gates for outcome in named] == [{"beta": 2.0}] * 3
+            assert not recorder.requests
+            events = await _events(runtime.submit(_request("r", seed=0)))
+            assert events[-1].routing.router_generation == bundle.router().generation
+        assert [s.leases for s in runtime.experts()] == [0, 0, 0]
+
+    asyncio.run(scenario())
