@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from experts.bundle import Bundle
@@ -17,32 +18,38 @@ from service.scheduler.catalogue import Catalogue
 from service.scheduler.scheduler import Budget, Scheduler
 
 
+def open_engine(bundle: Bundle, *, rows: int = 32, max_tokens: int = 1024) -> tuple[Engine, Tokenizer]:
+    """The engine of a bundle in bfloat16 on the CPU, as the server would open it, and its tokenizer."""
+    router = bundle.router()
+    tokenizer = AutoTokenizer.from_pretrained(bundle.shared_path)
+    model = SharedModel(
+        bundle.shared_path,
+        rows=rows,
+        max_tokens=max_tokens,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        spec=router.spec if router else None,
+    )
+    engine = Engine(
+        model,
+        Scheduler(rows, Budget()),
+        Dispatcher(Catalogue(), router, RoutingDefaults()),
+        tokenizer.backend_tokenizer,
+        frozenset({tokenizer.eos_token_id}),
+    )
+    for name in bundle.expert_names():
+        engine.publish(model.bank.prepare(bundle.expert(name)))
+    return engine, tokenizer.backend_tokenizer
+
+
 class EngineAlone:
     """An engine over a bundle, stepped by hand."""
 
-    def __init__(self, bundle: Bundle, rows: int = 32, max_tokens: int = 1024) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.experts = bundle.expert_names()
-        model = SharedModel(
-            bundle.shared_path,
-            rows=rows,
-            max_tokens=max_tokens,
-            dtype=torch.bfloat16,
-            device=torch.device("cpu"),
-            spec=None,
-        )
-        self.vocabulary = model.vocabulary
-        tokenizer = AutoTokenizer.from_pretrained(bundle.shared_path)
-        self._catalogue = Catalogue()
-        self._engine = Engine(
-            model,
-            Scheduler(rows, Budget()),
-            Dispatcher(self._catalogue, None, RoutingDefaults()),
-            tokenizer.backend_tokenizer,
-            frozenset({tokenizer.eos_token_id}),
-        )
-        for name in self.experts:
-            self._engine.publish(model.bank.prepare(bundle.expert(name)))
+        self._engine, _ = open_engine(bundle)
+        self.vocabulary = self._engine.model.vocabulary
 
     @classmethod
     def open(cls, path: Path) -> "EngineAlone":
