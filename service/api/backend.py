@@ -1,0 +1,74 @@
+"""What the API needs of the runtime, as protocols; `service.runtime.Runtime` fits them."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from service.core import EngineGauges, Event, ExpertStatus, GenerationRequest, RoutingChoice, RoutingOutcome
+
+
+class Generation(Protocol):
+    """Events of one sequence; exactly one is terminal, then the iteration stops."""
+
+    def __aiter__(self) -> "Generation":
+        """Itself."""
+        ...
+
+    async def __anext__(self) -> Event:
+        """The next event."""
+        ...
+
+    def cancel(self) -> None:
+        """Stop generating; idempotent, also after the end."""
+        ...
+
+
+class Backend(Protocol):
+    """The runtime as the API sees it; everything is called on the event loop."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The shared folder's tokenizer, with its chat template."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Prompt token ids are below it."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        ...
+
+    @property
+    def bundle_name(self) -> str:
+        """The model name that asks the router."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine thread has ended."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """True while new requests are taken."""
+        ...
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Queue one sequence, or raise before anything is queued."""
+        ...
+
+    async def route(
+        self, prompts: Sequence[tuple[int, ...]], choice: RoutingChoice
+    ) -> Sequence[RoutingOutcome]:
+        """Gates of each prompt, without generating."""
+        ...
+
+    def experts(self) -> Sequence[ExpertStatus]:
+        """Every expert, retired generations with leases included."""
+        ...
+
+    def gauges(self) -> EngineGauges:
+        """A snapshot of the engine."""
+        ...

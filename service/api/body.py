@@ -1,0 +1,100 @@
+"""JSON bodies, strictly: what is not exactly JSON of sane depth never reaches a wire model."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import HTTPException, Request, Response
+from fastapi.routing import APIRoute
+
+from service.errors import InvalidRequestError, LimitExceededError
+
+# A string is possessive and may lack its end, so that no input makes the scan start over: it stays linear.
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.?+)*+"?+|[\[{]|[\]}]', re.DOTALL)
+
+
+def json_depth(body: bytes) -> int:
+    """Deepest nesting of arrays and objects in JSON text, brackets inside strings not counted."""
+    depth = deepest = 0
+    for match in _TOKENS.finditer(body):
+        first = match[0][:1]
+        if first in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif first in b"]}":
+            depth -= 1
+    return deepest
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object with a name twice means different things to different readers: refuse it."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name {repeated[:64]!r} is given twice in one object")
+    return result
+
+
+def parse_json(body: bytes, max_depth: int) -> Any:
+    """Parse RFC 8259 JSON: UTF-8, no NaN or Infinity, no repeated names, bounded nesting.
+
+    Raises:
+        InvalidRequestError: not such JSON.
+        LimitExceededError: nested deeper than `max_depth`.
+    """
+    # Counting is cheap and nearly always settles it; the exact scan is for what remains.
+    if body.count(b"[") + body.count(b"{") > max_depth and json_depth(body) > max_depth:
+        raise LimitExceededError(f"The body nests deeper than {max_depth} levels (max_json_depth).")
+    try:
+        return json.loads(body, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from error
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError(
+            f"The body is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.") from error
+
+
+class _ParsedRequest(Request):
+    """A request whose JSON has been parsed already."""
+
+    parsed: Any = None
+
+    async def json(self) -> Any:
+        """The parsed body."""
+        return self.parsed
+
+
+def json_route(max_depth: int) -> type[APIRoute]:
+    """A route class that parses bodies with `parse_json` before FastAPI sees them."""
+
+    class JsonRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+            if self.body_field is None:
+                return handle
+
+            async def parse_then_handle(request: Request) -> Response:
+                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                if kind != "application/json":
+                    raise HTTPException(
+                        415, f"Send the body as Content-Type: application/json, not {kind or 'without one'}."
+                    )
+                parsed = _ParsedRequest(request.scope, request.receive)
+                body = await parsed.body()
+                if not body:
+                    raise InvalidRequestError("The body is empty; send a JSON object.")
+                parsed.parsed = parse_json(body, max_depth)
+                return await handle(parsed)
+
+            return parse_then_handle
+
+    return JsonRoute

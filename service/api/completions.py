@@ -1,0 +1,24 @@
+"""`/v1/completions`."""
+
+from fastapi import APIRouter, Request, Response
+
+from service.api.backend import Backend
+from service.api.generate import CompletionShape, answer
+from service.api.plan import DEFAULT_COMPLETION_TOKENS, Budget, check, make_plan
+from service.api.prompts import PromptEncoder
+from service.api.wire.answers import Generated
+from service.api.wire.completions import CompletionBody
+from service.settings import Settings
+
+
+def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder) -> None:
+    """Put `POST /v1/completions` on `router`."""
+
+    @router.post("/v1/completions", response_model=Generated)
+    async def complete(request: Request, body: CompletionBody) -> Response:
+        """Continue one or more prompts."""
+        budget = Budget(body.max_tokens, "max_tokens", DEFAULT_COMPLETION_TOKENS)
+        routing = check(body, len(body.prompt), budget, backend, settings)
+        prompts = await encoder.prompts(body.prompt)
+        plan = make_plan(body, routing, budget, prompts, backend, settings)
+        return await answer(request, body, plan, CompletionShape(), backend, settings)

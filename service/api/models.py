@@ -1,0 +1,49 @@
+"""`/v1/models`: the names that `model` can be."""
+
+import time
+
+from fastapi import APIRouter, Response
+
+from service.api.backend import Backend
+from service.api.plan import SHARED
+from service.api.wire.answers import ModelAnswer, ModelList
+from service.errors import ModelNotFoundError
+
+
+def add_routes(router: APIRouter, backend: Backend) -> None:
+    """Put `GET /v1/models` and `GET /v1/models/{name}` on `router`."""
+    created = int(time.time())
+
+    def models() -> list[ModelAnswer]:
+        def answer(name: str, kind: str, generation: int | None = None) -> ModelAnswer:
+            return ModelAnswer.model_validate(
+                {
+                    "id": name,
+                    "created": created,
+                    "kind": kind,
+                    "max_model_len": backend.max_context,
+                    "generation": generation,
+                }
+            )
+
+        experts = [status for status in backend.experts() if status.state == "active"]
+        return [
+            answer(backend.bundle_name, "router"),
+            *(answer(status.name, "expert", status.generation) for status in experts),
+            answer(SHARED, "shared"),
+        ]
+
+    @router.get("/v1/models", response_model=ModelList)
+    async def list_models() -> Response:
+        """List the bundle's name (the router chooses), every expert, and the shared expert."""
+        return Response(ModelList(data=models()).dump(), media_type="application/json")
+
+    @router.get("/v1/models/{name:path}", response_model=ModelAnswer)
+    async def get_model(name: str) -> Response:
+        """Describe one of them."""
+        for model in models():
+            if model.id == name:
+                return Response(model.dump(), media_type="application/json")
+        raise ModelNotFoundError(
+            f"The model {name[:256]!r} does not exist; GET /v1/models lists the names.", param="model"
+        )

@@ -1,0 +1,50 @@
+"""`/v1/route`: the router's word, without generating."""
+
+from fastapi import APIRouter, Request, Response
+
+from service.api.backend import Backend
+from service.api.generation import while_connected
+from service.api.plan import choose_routing
+from service.api.prompts import PromptEncoder
+from service.api.wire.answers import RouteAnswer, RouteChoice, RoutingAnswer
+from service.api.wire.routing import RouteBody
+from service.errors import LimitExceededError
+from service.settings import Settings
+
+
+def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder) -> None:
+    """Put `POST /v1/route` on `router`."""
+
+    async def encode(body: RouteBody) -> list[tuple[int, ...]]:
+        if body.prompt is not None:
+            return await encoder.prompts(body.prompt)
+        chats = body.messages or []
+        names = ["messages"] if len(chats) == 1 else [f"messages[{index}]" for index in range(len(chats))]
+        for name, chat in zip(names, chats, strict=True):
+            _at_most(len(chat), settings.max_messages, name, "max_messages")
+        return [await encoder.chat(chat, name) for name, chat in zip(names, chats, strict=True)]
+
+    @router.post("/v1/route", response_model=RouteAnswer)
+    async def route(request: Request, body: RouteBody) -> Response:
+        """Tell which experts would answer, with which weights and why."""
+        model = body.model or backend.bundle_name
+        choice = choose_routing(model, None, body.routing, backend, settings.max_gate)
+        param = "messages" if body.prompt is None else "prompt"
+        _at_most(len(body.prompt or body.messages or ()), settings.max_prompts, param, "max_prompts")
+        prompts = await encode(body)
+        outcomes = await while_connected(request, backend.route(prompts, choice))
+        tokens = sum(len(prompt) for prompt in prompts)
+        answer = RouteAnswer(
+            model=model,
+            data=[
+                RouteChoice(**dict(RoutingAnswer.of(outcome)), index=index, scores=outcome.scores)
+                for index, outcome in enumerate(outcomes)
+            ],
+            usage={"prompt_tokens": tokens, "total_tokens": tokens},
+        )
+        return Response(answer.dump(), media_type="application/json")
+
+
+def _at_most(value: int, limit: int, param: str, name: str) -> None:
+    if value > limit:
+        raise LimitExceededError(f"{param} has {value} items; the limit is {limit} ({name}).", param=param)

@@ -1,0 +1,140 @@
+"""Fields that completions and chats share: how tokens are chosen and which experts are mixed."""
+
+import math
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, PlainValidator, StringConstraints, WithJsonSchema
+
+from service.api.wire.base import Neutral, WireModel
+
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+SHARED_NEUTRAL: Neutral = {
+    "best_of": (1,),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    # vLLM's
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "request_id": (),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    # other servers' ways to name adapters: `gates` is ours
+    "adapter_id": (),
+    "lora": ([],),
+    "merged_adapters": (),
+}
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    """A string, or a list of strings; none of them empty."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be a string or a list of strings")
+    if not all(texts):
+        raise ValueError("a stop string must not be empty")
+    return tuple(texts)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """A list of token ids; the vocabulary's end is checked later."""
+    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+        raise ValueError("must be a list of token ids, whole numbers from 0")
+    return tuple(value)
+
+
+def _gates(value: Any) -> dict[str, float]:
+    """An object of finite weights; how large and how many is checked later."""
+    if not isinstance(value, dict):
+        raise ValueError('must be an object of weights, like {"expert": 0.7}')
+    gates: dict[str, float] = {}
+    for name, weight in value.items():
+        try:
+            gates[name] = float(weight) if type(weight) in (int, float) else math.nan
+        except OverflowError:
+            gates[name] = math.inf
+        if not math.isfinite(gates[name]):
+            raise ValueError(f"the weight of {name[:64]!r} must be a finite number")
+    return gates
+
+
+Stop = Annotated[
+    tuple[str, ...],
+    PlainValidator(_stop),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+TokenIds = Annotated[
+    tuple[int, ...],
+    PlainValidator(_token_ids),
+    WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}}),
+]
+Gates = Annotated[
+    dict[str, float],
+    PlainValidator(_gates),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+]
+
+
+class StreamOptions(WireModel):
+    """What a stream carries besides text."""
+
+    unsupported: ClassVar[Neutral] = {
+        "continuous_usage_stats": (False,),
+        "include_obfuscation": (False,),
+    }
+
+    include_usage: bool = False
+
+
+class RoutingOptions(WireModel):
+    """Extension: how the router's probabilities become gates."""
+
+    top_k: int | None = Field(default=None, ge=1, le=1024)
+    threshold: float | None = Field(default=None, ge=0, le=1)
+
+
+class SamplingBody(WireModel):
+    """Fields of both generating endpoints. Ranges are OpenAI's and vLLM's."""
+
+    model: ModelName
+    n: int = Field(default=1, ge=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1, description="0 or -1 keeps all")
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: Stop = ()
+    stop_token_ids: TokenIds = ()
+    min_tokens: int = Field(default=0, ge=0)
+    max_tokens: int | None = Field(default=None, ge=1)
+    ignore_eos: bool = False
+    user: str | None = Field(default=None, max_length=512, description="opaque; written to no log")
+    gates: Gates | None = Field(default=None, description="extension: expert → weight, instead of the router")
+    routing: RoutingOptions | None = Field(default=None, description="extension: options of the router")

@@ -1,0 +1,123 @@
+"""`twinserve …`: serve a bundle; build, inspect and retrain through the commands of `experts`.
+
+Heavy imports wait until a command runs, so that `--help` is quick.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from experts import cli as experts_cli
+from experts.embedded import cli as embedded_cli
+from experts.errors import ExpertsError
+from service.errors import TwinserveError
+from service.logs import configure_logging
+from service.settings import ENV_PREFIX, Settings
+
+if TYPE_CHECKING:
+    from service.runtime import Runtime
+
+_log = logging.getLogger(__name__)
+
+
+def build_app() -> typer.Typer:
+    """All commands."""
+    commands = typer.Typer(
+        help="Serve a family of fine-tuned models from one shared expert, mixed per request.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    commands.command("serve")(serve)
+    experts_cli.register(commands)
+    commands.add_typer(embedded_cli.build_app(), name="embedded")
+    return commands
+
+
+def serve(
+    bundle: Annotated[Path | None, typer.Option(help="Folder of the bundle to serve.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    experts_root: Annotated[
+        Path | None, typer.Option(help="The only folder that experts register from.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda[:n].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Sequences that generate together.")] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Sequences that wait beyond those.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_json: Annotated[bool | None, typer.Option(help="One JSON object a log line.")] = None,
+) -> None:
+    """Serve a bundle over HTTP until SIGTERM, then drain.
+
+    An option wins over its environment variable: TWINSERVE_ and the option's name in capitals, as
+    TWINSERVE_PORT. Keys and limits have variables only: TWINSERVE_API_KEYS, TWINSERVE_ADMIN_KEY, …
+    """
+    settings = _settings(
+        bundle=bundle,
+        host=host,
+        port=port,
+        experts_root=experts_root,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        log_level=log_level,
+        log_json=log_json,
+    )
+    configure_logging(settings.log_level, settings.log_json)
+    for name in unknown_variables(os.environ):
+        _log.warning("the environment variable %s sets nothing; is it misspelt?", name)
+    try:
+        settings.all_api_keys()  # before seconds of importing
+        from service.serve import serve as run
+
+        run(settings, lambda url, runtime: typer.echo(greeting(url, runtime, settings)))
+    except (ExpertsError, TwinserveError, ValueError) as error:
+        typer.echo(f"twinserve: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _settings(**options: Any) -> Settings:
+    """Environment and options; what is wrong is told in the operator's words."""
+    try:
+        return Settings(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"])
+            variable = f"{ENV_PREFIX}{name.upper()}: " if name else ""
+            typer.echo(f"twinserve: {variable}{problem['msg'].removeprefix('Value error, ')}", err=True)
+        raise typer.Exit(2) from error
+
+
+def unknown_variables(environment: os._Environ[str] | dict[str, str]) -> list[str]:
+    """Variables with our prefix that no setting reads."""
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    return sorted(
+        name for name in environment if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
+    )
+
+
+def greeting(url: str, runtime: "Runtime", settings: Settings) -> str:
+    """The URL, and one command to try."""
+    body: dict[str, Any] = {"model": runtime.bundle_name, "max_tokens": 32}
+    if runtime.tokenizer.chat_template:
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Hello, who are you?"}]
+    else:
+        path, body["prompt"] = "/v1/completions", "Hello, my name is"
+    key = " -H 'Authorization: Bearer KEY'" if settings.all_api_keys() else ""
+    names = ", ".join(status.name for status in runtime.experts()) or "none"
+    return (
+        f"\ntwinserve is ready at {url} (experts: {names})\n\n"
+        f"  curl {url}{path} -H 'Content-Type: application/json'{key} \\\n    -d '{json.dumps(body)}'\n"
+    )
+
+
+app = build_app()

@@ -1,0 +1,210 @@
+"""Every metric of the server, in one object over an injected registry.
+
+Names and buckets are vLLM's under `twinserve_`, so that its dashboards need a prefix and no more. The
+engine hands over plain statistics once a step and once a request (`on_step`, `on_request`, from its own
+thread); gauges are read when somebody scrapes. Labels are bounded: expert names beyond the first
+`expert_labels` share the label `other`.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from service.core import EngineGauges, RequestStats, StepStats
+
+_FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)  # fmt: skip
+_INTER_TOKEN = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+_REQUEST = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
+    120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
+_ROUTER = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
+_FINISHED = {"stop": "stop", "length": "length", "cancelled": "abort"}
+"""`RequestStats.reason` → vLLM's finished_reason; everything else is "error"."""
+
+OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class _Gauge:
+    """One gauge, and how to read it from the snapshot."""
+
+    name: str
+    help: str
+    read: Callable[[EngineGauges], float]
+
+
+_GAUGES = (
+    _Gauge("num_requests_running", "Sequences that hold a KV row.", lambda g: g.running),
+    _Gauge("num_requests_waiting", "Sequences that wait to be admitted.", lambda g: g.waiting),
+    _Gauge(
+        "kv_cache_usage_perc",
+        "Used share of the KV cache; 1 is full.",
+        lambda g: g.kv_tokens_used / g.kv_tokens_total if g.kv_tokens_total else 0.0,
+    ),
+    _Gauge("kv_rows_used", "KV rows in use.", lambda g: g.kv_rows_used),
+    _Gauge("kv_rows", "KV rows in all.", lambda g: g.kv_rows_total),
+    _Gauge("experts_registered", "Experts that requests can name.", lambda g: g.experts_registered),
+    _Gauge(
+        "experts_resident",
+        "Expert generations held in memory, replaced ones with leases included.",
+        lambda g: g.experts_resident,
+    ),
+    _Gauge("engine_up", "1 while the engine thread lives.", lambda g: float(g.alive)),
+)
+
+
+class _Snapshot(Collector):
+    """Reads the engine's gauges once a scrape."""
+
+    def __init__(self, read: Callable[[], EngineGauges]) -> None:
+        self._read = read
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """Names only: registering must not ask the engine."""
+        return (GaugeMetricFamily(f"twinserve_{gauge.name}", gauge.help) for gauge in _GAUGES)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Current values."""
+        now = self._read()
+        for gauge in _GAUGES:
+            yield GaugeMetricFamily(f"twinserve_{gauge.name}", gauge.help, value=gauge.read(now))
+
+
+class Metrics:
+    """Owns all metrics; safe to call from the engine's thread and the event loop.
+
+    Args:
+        registry: where they live; one `Metrics` a registry.
+        expert_labels: expert names that get a label of their own.
+    """
+
+    def __init__(self, registry: CollectorRegistry, expert_labels: int = 64) -> None:
+        self.registry = registry
+        self._names_lock = threading.Lock()
+        self._expert_labels = expert_labels
+        self._expert_names: set[str] = set()
+        self._make_request_metrics()
+        self._make_step_metrics()
+        self._make_http_metrics()
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(f"twinserve_{name}", text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()
+    ) -> Histogram:
+        return Histogram(f"twinserve_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def _make_request_metrics(self) -> None:
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN
+        )
+        self._total = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _REQUEST)
+        self._queue = self._histogram("request_queue_time_seconds", "Waiting for a KV row.", _REQUEST)
+        self._prefill = self._histogram("request_prefill_time_seconds", "Admission to first token.", _REQUEST)
+        self._decode = self._histogram("request_decode_time_seconds", "First to last token.", _REQUEST)
+        self._router = self._histogram("router_seconds", "A request's wait for its gates.", _ROUTER)
+        self._finished = self._counter(
+            "request_success", "Ended sequences: stop, length, abort or error.", ("finished_reason",)
+        )
+        for reason in (*_FINISHED.values(), "error"):
+            self._finished.labels(reason)
+        self._gate_mass = self._counter(
+            "gate_weight_mass", "Absolute gate weight, summed over ended sequences.", ("expert",)
+        )
+
+    def _make_step_metrics(self) -> None:
+        self._inter_token = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of one sequence.", _INTER_TOKEN
+        )
+        self._prompt_tokens = self._counter("prompt_tokens", "Prefilled tokens.")
+        self._generated_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self._step_seconds = self._histogram("step_seconds", "One engine step.", _ROUTER, ("mode",))
+        self._steps = self._counter("steps", "Engine steps.", ("mode",))
+        for mode in ("shared", "factored"):
+            self._steps.labels(mode)
+        self._active = self._histogram("step_active_experts", "Experts in one step.", _COUNTS)
+        self._patterns = self._histogram("step_patterns", "Routing patterns in one step.", _COUNTS)
+        self._batch = self._histogram("step_decode_rows", "Sequences that decode in one step.", _COUNTS)
+        self._rebuilds = self._counter("working_set_rebuilds", "Times the packed factors changed.")
+        self._routed = self._counter("routed_requests", "Sequences whose gates the router chose.")
+        self._route_step = self._histogram("router_batch_seconds", "One batched routing phase.", _ROUTER)
+        self._counter("num_preemptions", "Always 0: this engine never preempts a sequence.")
+        self._counter("prefix_cache_queries", "Always 0: this engine has no prefix cache.")
+        self._counter("prefix_cache_hits", "Always 0: this engine has no prefix cache.")
+
+    def _make_http_metrics(self) -> None:
+        labels = ("method", "route", "status")
+        self._http = self._counter("http_requests", "Answered HTTP requests.", labels)
+        self._http_seconds = self._histogram(
+            "http_request_seconds", "Until the last byte.", _FIRST_TOKEN, ("route",)
+        )
+
+    def watch(self, read: Callable[[], EngineGauges]) -> None:
+        """Take the gauges from `read` at every scrape."""
+        self.registry.register(_Snapshot(read))
+
+    def on_step(self, stats: StepStats) -> None:
+        """Record one engine step."""
+        self._steps.labels(stats.mode).inc()
+        self._step_seconds.labels(stats.mode).observe(stats.seconds)
+        self._prompt_tokens.inc(stats.prefill_tokens)
+        self._generated_tokens.inc(stats.generated_tokens)
+        self._active.observe(stats.active_experts)
+        self._patterns.observe(stats.patterns)
+        self._batch.observe(stats.decode_rows)
+        if stats.rebuilt:
+            self._rebuilds.inc()
+        for seconds in stats.inter_token_seconds:
+            self._inter_token.observe(seconds)
+        if stats.routed_requests:
+            self._routed.inc(stats.routed_requests)
+            self._route_step.observe(stats.route_seconds)
+
+    def on_request(self, stats: RequestStats) -> None:
+        """Record one ended sequence."""
+        self._finished.labels(_FINISHED.get(stats.reason, "error")).inc()
+        for histogram, seconds in (
+            (self._queue, stats.queue_seconds),
+            (self._router, stats.route_seconds),
+            (self._prefill, stats.prefill_seconds),
+            (self._decode, stats.decode_seconds),
+            (self._first_token, stats.first_token_seconds),
+            (self._total, stats.total_seconds),
+        ):
+            if seconds is not None:
+                histogram.observe(seconds)
+        for name, weight in stats.gates.items():
+            self._gate_mass.labels(self._expert_label(name)).inc(abs(weight))
+
+    def on_http(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Record one answered HTTP request; `route` is the template, never the path."""
+        self._http.labels(method, route, str(status)).inc()
+        self._http_seconds.labels(route).observe(seconds)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The scrape's body and its content type, in the format that `accept` asks for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def _expert_label(self, name: str) -> str:
+        with self._names_lock:
+            if name not in self._expert_names:
+                if len(self._expert_names) >= self._expert_labels:
+                    return OTHER
+                self._expert_names.add(name)
+            return name

@@ -1,0 +1,137 @@
+"""Puts the server together and runs it: bundle, runtime, metrics, app, uvicorn; drains on SIGTERM."""
+
+import asyncio
+import logging
+import math
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from transformers.utils.logging import disable_progress_bar
+
+from experts.bundle import Bundle
+from service.api.app import create_app
+from service.metrics import Metrics
+from service.registrar import Registrar
+from service.runtime import Runtime, RuntimeConfig, open_runtime
+from service.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than usual proxies and client pools wait, so that they close idle connections, not we under them."""
+
+_LAST_WORDS_SECONDS = 5
+"""After the drain's own deadline, for the last events to reach their clients."""
+
+
+def runtime_config(settings: Settings) -> RuntimeConfig:
+    """The runtime's part of the settings."""
+    return RuntimeConfig(
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        max_context=settings.max_context,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        prefill_step_tokens=settings.prefill_step,
+        prefill_chunk_tokens=settings.prefill_chunk,
+        router_top_k=settings.router_top_k,
+        router_threshold=settings.router_threshold,
+        pack_base=settings.pack_base,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that says where it listens, and lets running requests end before it does.
+
+    Args:
+        runtime: refuses new requests as soon as the shutdown begins.
+        drain_seconds: what running requests may still take; then they end with an error.
+        announce: gets the URL once connections are accepted.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        runtime: Runtime,
+        drain_seconds: float,
+        announce: Callable[[str], None],
+    ) -> None:
+        super().__init__(config)
+        self._runtime = runtime
+        self._drain_seconds = drain_seconds
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._announce(_url(self.servers[0].sockets[0].getsockname()))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse, drain, close."""
+        _log.info("draining for up to %g s", self._drain_seconds)
+        drain = asyncio.create_task(self._runtime.drain(self._drain_seconds))
+        await super().shutdown(sockets)
+        await drain
+
+
+def _url(address: tuple[str, int]) -> str:
+    host, port = address[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 compared, not bound
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def serve(settings: Settings, announce: Callable[[str, Runtime], None]) -> None:
+    """Serve until SIGTERM or SIGINT. Blocks.
+
+    Args:
+        settings: everything.
+        announce: gets the URL and the runtime once connections are accepted.
+
+    Raises:
+        ExpertsError: the bundle is missing or broken.
+        TwinserveError: its model cannot be served.
+        ValueError: the file of API keys cannot be read.
+    """
+    server, runtime = assemble(settings, announce)
+    try:
+        server.run()
+    finally:
+        runtime.close()
+
+
+def assemble(settings: Settings, announce: Callable[[str, Runtime], None]) -> tuple[DrainingServer, Runtime]:
+    """A server that is ready to run, and the runtime under it, which is the caller's to close.
+
+    Raises:
+        ExpertsError, TwinserveError, ValueError: as `serve`.
+    """
+    bundle = Bundle.open(settings.bundle)
+    metrics = _metrics()
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
+    runtime = open_runtime(bundle, runtime_config(settings), metrics)
+    metrics.watch(runtime.gauges)
+    app = create_app(runtime, settings, metrics, Registrar(runtime, bundle, settings.experts_root))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + _LAST_WORDS_SECONDS,
+    )
+    server = DrainingServer(config, runtime, settings.drain_seconds, lambda url: announce(url, runtime))
+    return server, runtime
+
+
+def _metrics() -> Metrics:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return Metrics(registry)

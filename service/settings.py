@@ -1,0 +1,126 @@
+"""Everything that an operator can set, read once from `TWINSERVE_*` and frozen.
+
+A command line option of `twinserve serve` wins over the environment, the environment over the default.
+Secrets are `SecretStr`: they print as stars. Imports nothing of ours.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+ENV_PREFIX = "TWINSERVE_"
+
+
+class Settings(BaseSettings):
+    """The server's settings; every field is the environment variable of that name in capitals."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
+    )
+
+    bundle: Path = Field(default=Path(".twinserve/bundle"), description="the bundle folder to serve")
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="keys for /v1, separated by commas; none leaves /v1 open"
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="a file with one more key a line; # comments"
+    )
+    admin_key: SecretStr | None = Field(default=None, description="key for /admin; without it /admin is off")
+    experts_root: Path | None = Field(default=None, description="the only folder that experts register from")
+
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="a prompt; None is the context less 1"
+    )
+    max_tokens: int = Field(default=4096, ge=1, description="generated tokens of one sequence")
+    default_chat_tokens: int = Field(default=512, ge=1, description="a chat's max_tokens where it names none")
+    max_n: int = Field(default=16, ge=1, description="`n`, the choices of one prompt")
+    max_prompts: int = Field(default=64, ge=1, description="prompts in one request")
+    max_messages: int = Field(default=1024, ge=1, description="messages in one chat")
+    max_stop: int = Field(default=8, ge=0, description="stop strings, and stop token ids, of one request")
+    max_stop_length: int = Field(default=128, ge=1, description="characters of one stop string")
+    max_gate: float = Field(default=8.0, gt=0, allow_inf_nan=False, description="a gate's absolute weight")
+    max_body_bytes: int = Field(default=2 * 2**20, ge=1024, description="a request body")
+    max_json_depth: int = Field(default=32, ge=4, le=256, description="nesting of a JSON body")
+    max_profile_prompts: int = Field(default=1000, ge=1, description="prompts of one expert registration")
+
+    max_queue: int = Field(default=256, ge=1, description="sequences that wait beyond those that run")
+    max_batch: int = Field(default=32, ge=1, description="sequences that run together (KV rows)")
+    max_context: int | None = Field(
+        default=None, ge=16, description="tokens of one KV row; None is the model's own, at most 4096"
+    )
+    prefill_step: int = Field(
+        default=1024, ge=16, description="most prompt tokens of a step where nobody decodes"
+    )
+    prefill_chunk: int = Field(default=256, ge=16, description="most prompt tokens beside decoding sequences")
+    router_top_k: int | None = Field(default=None, ge=1, description="gates kept; None is the bundle's own")
+    router_threshold: float | None = Field(
+        default=None, ge=0, le=1, description="gates below are dropped; None is the bundle's own"
+    )
+    device: str = Field(default="auto", description="auto, cpu or cuda[:n]")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="of the weights"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="the engine's CPU threads; None is torch's own"
+    )
+    pack_base: bool = Field(default=True, description="reorder base weights for the processor if that gains")
+
+    keepalive_seconds: float = Field(
+        default=15.0, gt=0, description="a silent stream gets a comment that often"
+    )
+    drain_seconds: float = Field(default=30.0, ge=0, description="what SIGTERM lets running requests take")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severity"
+    )
+    log_json: bool = Field(default=False, description="one JSON object a line")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        """`a,b` → (a, b); blanks go."""
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _keys_differ(self) -> Self:
+        """An admin key that also opens /v1 would be handed to every client."""
+        if self.admin_key is not None and any(
+            key.get_secret_value() == self.admin_key.get_secret_value() for key in self.api_keys
+        ):
+            raise ValueError(f"{ENV_PREFIX}ADMIN_KEY must differ from every key of {ENV_PREFIX}API_KEYS")
+        return self
+
+    def all_api_keys(self) -> tuple[SecretStr, ...]:
+        """The keys of `api_keys` and of `api_keys_file`.
+
+        Raises:
+            ValueError: the file cannot be read or holds no key; an unreadable file must not open /v1.
+        """
+        if self.api_keys_file is None:
+            return self.api_keys
+        variable = f"{ENV_PREFIX}API_KEYS_FILE"
+        try:
+            lines = self.api_keys_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{variable}: cannot read {self.api_keys_file}: {error}") from error
+        keys = tuple(
+            SecretStr(line.strip()) for line in lines if line.strip() and not line.strip().startswith("#")
+        )
+        if not keys:
+            raise ValueError(f"{variable}: {self.api_keys_file} holds no key; put one a line")
+        if self.admin_key is not None and self.admin_key in keys:
+            raise ValueError(
+                f"{variable}: {self.api_keys_file} repeats {ENV_PREFIX}ADMIN_KEY; they must differ"
+            )
+        return self.api_keys + keys

@@ -1,0 +1,34 @@
+"""Promises of the metrics."""
+
+import pytest
+
+from experts.evaluation.scoring import edit_distance, exact, phonemes, score, summarise
+
+
+def test_exact_match_ignores_outer_space_only() -> None:
+    assert exact(" perro\n", "perro") == 1.0
+    assert exact("Perro", "perro") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "distance"),
+    [("", "", 0), ("K AE T", "K AE T", 0), ("K AE", "K AE T", 1), ("G AE P S", "K AE T", 3), ("", "K", 1)],
+)
+def test_edit_distance_by_hand(left: str, right: str, distance: int) -> None:
+    assert edit_distance(left.split(), right.split()) == distance
+
+
+def test_phoneme_score_is_one_minus_error_rate_and_never_negative() -> None:
+    assert phonemes("K AE", "K AE T") == pytest.approx(2 / 3)
+    assert phonemes("a b c d e f g h", "K AE T") == 0.0
+
+
+def test_standard_error_by_hand() -> None:
+    got = summarise([1.0, 0.0, 1.0, 0.0])
+    assert got.mean == 0.5
+    assert got.standard_error == pytest.approx((1 / 3) ** 0.5 / 2)
+
+
+def test_an_unknown_metric_is_named() -> None:
+    with pytest.raises(ValueError, match="bleurt"):
+        score("bleurt", ["a"], ["a"])

@@ -1,0 +1,99 @@
+"""A backend by construction: says what it is told to say. For the HTTP edge alone; no model, no thread."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.core import (
+    EngineGauges,
+    Event,
+    ExpertStatus,
+    Finished,
+    GenerationRequest,
+    RoutingChoice,
+    RoutingOutcome,
+    TextDelta,
+    Usage,
+)
+from service.errors import EngineDeadError
+
+OUTCOME = RoutingOutcome(gates={"alpha": 1.0}, pattern="alpha@1:1", mode="factored", generations={"alpha": 1})
+END = Finished("stop", Usage(prompt_tokens=3, completion_tokens=2), OUTCOME)
+
+
+class Letters:
+    """One token a character."""
+
+    chat_template = "{{ messages }}"
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [ord(character) % 100 for character in text]
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **_: Any) -> str:
+        return "".join(turn["content"] for turn in turns)
+
+
+@dataclass
+class Script:
+    """Events of one sequence; a number waits that many seconds, an exception is raised."""
+
+    items: Sequence[Event | float | Exception]
+    cancelled: bool = False
+    position: int = 0
+
+    def __aiter__(self) -> "Script":
+        return self
+
+    async def __anext__(self) -> Event:
+        while self.position < len(self.items):
+            item = self.items[self.position]
+            self.position += 1
+            if isinstance(item, float):
+                await asyncio.sleep(item)
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                return item
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def says(*texts: str) -> list[Event | float | Exception]:
+    return [*(TextDelta(text, (1,)) for text in texts), END]
+
+
+@dataclass
+class ScriptedBackend:
+    """`answer` makes the script of each request; what was submitted stays in `scripts`."""
+
+    answer: Callable[[GenerationRequest], Sequence[Event | float | Exception]] = lambda _: says("a", "b")
+    tokenizer: Any = field(default_factory=Letters)
+    vocab_size: int = 100
+    max_context: int = 64
+    bundle_name: str = "family"
+    alive: bool = True
+    ready: bool = True
+    requests: list[GenerationRequest] = field(default_factory=list)
+    scripts: list[Script] = field(default_factory=list)
+
+    def submit(self, request: GenerationRequest) -> Script:
+        if not self.alive:
+            raise EngineDeadError("the engine has stopped; restart the server")
+        script = Script(self.answer(request))
+        self.requests.append(request)
+        self.scripts.append(script)
+        return script
+
+    async def route(
+        self, prompts: Sequence[tuple[int, ...]], choice: RoutingChoice
+    ) -> Sequence[RoutingOutcome]:
+        return [OUTCOME] * len(prompts)
+
+    def experts(self) -> Sequence[ExpertStatus]:
+        return [ExpertStatus("alpha", 1, "active", True, 0, 10, 4)]
+
+    def gauges(self) -> EngineGauges:
+        return EngineGauges(2, 3, 2, 8, 50, 200, 1, 1, self.alive)

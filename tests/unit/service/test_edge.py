@@ -1,0 +1,232 @@
+"""The HTTP edge over a scripted backend: failures and timings that a real engine does not make on demand."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from experts.bundle import Bundle
+from service.api.app import create_app
+from service.core import Event, Failed, GenerationRequest, TextDelta
+from service.errors import QueueFullError, RequestFailedError
+from service.metrics import Metrics
+from service.registrar import LiveExperts, Registrar
+from service.settings import Settings
+from tests.unit.service.backend import END, Script, ScriptedBackend, says
+
+BODY = {"model": "family", "prompt": "abc"}
+
+
+def call(
+    backend: ScriptedBackend,
+    body: Any,
+    path: str = "/v1/completions",
+    method: str = "POST",
+    **settings: Any,
+) -> httpx.Response:
+    """One request through the whole app, in this process."""
+    metrics = Metrics(CollectorRegistry())
+    metrics.watch(backend.gauges)
+    # /admin is off without a key, so that its registrar never works here.
+    registrar = Registrar(cast(LiveExperts, backend), cast(Bundle, None), None)
+    app = create_app(backend, Settings(bundle=Path("none"), **settings), metrics, registrar)
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
+            return await client.request(method, path, json=body)
+
+    return asyncio.run(send())
+
+
+def events(answer: httpx.Response) -> list[str]:
+    return [part.removeprefix("data: ") for part in answer.text.split("\n\n") if part]
+
+
+def test_a_failure_before_the_first_token_keeps_its_status_in_a_stream() -> None:
+    backend = ScriptedBackend(lambda _: [Failed(QueueFullError("full", retry_after=2.2))])
+    answer = call(backend, {**BODY, "stream": True})
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "3"
+    assert answer.json()["error"]["code"] == "queue_full"
+
+
+def test_a_failure_after_the_first_token_is_the_last_event_and_cancels_the_others() -> None:
+    def answer_of(request: GenerationRequest) -> Sequence[Event | float | Exception]:
+        if request.id.endswith("-0"):
+            return [TextDelta("a", (1,)), Failed(RequestFailedError("NaN in the logits"))]
+        return [TextDelta("b", (1,)), 5.0, END]
+
+    backend = ScriptedBackend(answer_of)
+    answer = call(backend, {**BODY, "stream": True, "n": 2})
+    assert answer.status_code == 200
+    told = events(answer)
+    assert json.loads(told[-1])["error"]["code"] == "request_failed"
+    assert "[DONE]" not in told
+    assert all(script.cancelled for script in backend.scripts)
+
+
+def test_a_failure_of_one_choice_is_the_answer_of_a_plain_request() -> None:
+    failed: list[Event | float | Exception] = [TextDelta("a", (1,)), Failed(RequestFailedError("oops"))]
+    backend = ScriptedBackend(lambda request: failed if request.id.endswith("-1") else says("fine"))
+    answer = call(backend, {**BODY, "n": 2})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "oops"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_fault_of_ours_tells_the_client_nothing_but_the_request_id(stream: bool) -> None:
+    backend = ScriptedBackend(lambda _: [ZeroDivisionError("secret")])
+    answer = call(backend, {**BODY, "stream": stream})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert answer.headers["x-request-id"]
+    assert "secret" not in answer.text
+
+
+def test_a_fault_of_ours_in_a_running_stream_is_its_last_event() -> None:
+    backend = ScriptedBackend(lambda _: [TextDelta("a", (1,)), ZeroDivisionError("secret")])
+    answer = call(backend, {**BODY, "stream": True})
+    assert json.loads(events(answer)[-1])["error"]["code"] == "internal_error"
+    assert "secret" not in answer.text
+
+
+def test_an_engine_that_ends_without_a_word_is_an_error_not_a_hang() -> None:
+    answer = call(ScriptedBackend(lambda _: [TextDelta("a", (1,))]), BODY)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "request_failed"
+
+
+def test_a_silent_stream_is_kept_alive_with_comments() -> None:
+    backend = ScriptedBackend(lambda _: [TextDelta("a", (1,)), 0.2, END])
+    answer = call(backend, {**BODY, "stream": True}, keepalive_seconds=0.03)
+    assert answer.text.count(": keep-alive\n\n") >= 3
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_busy_stream_has_no_comments() -> None:
+    backend = ScriptedBackend(
+        lambda _: [*(item for _ in range(10) for item in (TextDelta("a", (1,)), 0.01)), END]
+    )
+    assert ": keep-alive" not in call(backend, {**BODY, "stream": True}, keepalive_seconds=1).text
+
+
+def test_empty_deltas_make_no_chunks() -> None:
+    answer = call(ScriptedBackend(lambda _: says("a", "", "b")), {**BODY, "stream": True})
+    texts = [json.loads(event)["choices"][0]["text"] for event in events(answer)[:-1]]
+    assert texts == ["a", "b", ""]
+
+
+def test_a_batch_is_admitted_whole_or_not_at_all() -> None:
+    def answer_of(request: GenerationRequest) -> Sequence[Event | float | Exception]:
+        if request.id.endswith("-2"):
+            raise QueueFullError("full", retry_after=1)
+        return [5.0, END]
+
+    backend = ScriptedBackend(answer_of)
+    assert call(backend, {**BODY, "n": 4}).status_code == 429
+    assert [script.cancelled for script in backend.scripts] == [True, True]
+
+
+def test_a_dead_engine_is_503_everywhere_it_matters() -> None:
+    dead = ScriptedBackend(alive=False, ready=False)
+    assert call(dead, BODY).status_code == 503
+    for path in ("/health", "/health/live", "/health/ready"):
+        answer = call(dead, None, path, "GET")
+        assert answer.status_code == 503
+        assert answer.json() == {"status": "engine_dead"}
+    assert "twinserve_engine_up 0.0" in call(dead, None, "/metrics", "GET").text
+
+
+def test_a_draining_server_lives_but_is_not_ready() -> None:
+    draining = ScriptedBackend(ready=False)
+    assert call(draining, None, "/health/live", "GET").status_code == 200
+    assert call(draining, None, "/health/ready", "GET").status_code == 503
+
+
+def test_choices_of_one_prompt_get_seeds_of_their_own_and_the_first_keeps_the_given_one() -> None:
+    backend = ScriptedBackend()
+    call(backend, {**BODY, "n": 3, "seed": 2**63 - 1, "prompt": ["ab", "cd"]})
+    seeds = [request.sampling.seed for request in backend.requests]
+    assert seeds == [2**63 - 1, -(2**63), -(2**63) + 1] * 2
+    assert len({request.id for request in backend.requests}) == 6
+
+
+def test_sampling_fields_reach_the_engine_as_written() -> None:
+    backend = ScriptedBackend()
+    body = {
+        **BODY,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": -1,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "frequency_penalty": -1,
+        "presence_penalty": 2,
+        "stop": "x",
+        "stop_token_ids": [7, 8],
+        "min_tokens": 2,
+        "max_tokens": 9,
+        "ignore_eos": True,
+        "routing": {"top_k": 2, "threshold": 0.25},
+    }
+    call(backend, body)
+    [request] = backend.requests
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 0, 0.1)
+    assert (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) == (
+        1.2,
+        -1,
+        2,
+    )
+    assert (sampling.stop, sampling.stop_token_ids) == (("x",), frozenset({7, 8}))
+    assert (sampling.min_tokens, sampling.max_tokens, sampling.ignore_eos) == (2, 9, True)
+    assert (request.routing.gates, request.routing.top_k, request.routing.threshold) == (None, 2, 0.25)
+
+
+def test_a_default_is_cut_to_what_fits_but_min_tokens_raises_it() -> None:
+    backend = ScriptedBackend()
+    call(backend, {**BODY, "prompt": "a" * 60})
+    call(backend, {**BODY, "min_tokens": 20})
+    assert [request.sampling.max_tokens for request in backend.requests] == [4, 20]
+
+
+def test_http_counts_use_route_templates_not_paths() -> None:
+    backend = ScriptedBackend()
+    metrics = Metrics(CollectorRegistry())
+    registrar = Registrar(cast(LiveExperts, backend), cast(Bundle, None), None)
+    app = create_app(backend, Settings(bundle=Path("none")), metrics, registrar)
+
+    async def send() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as client:
+            for path in ("/v1/models/a", "/v1/models/b", "/nowhere/1", "/nowhere/2"):
+                await client.get(path)
+            await client.request("BREW", "/v1/models")
+
+    asyncio.run(send())
+    text = metrics.exposition("")[0].decode()
+    assert 'http_requests_total{method="GET",route="/v1/models/{name:path}",status="404"} 2.0' in text
+    assert 'http_requests_total{method="GET",route="unmatched",status="404"} 2.0' in text
+    assert 'method="OTHER"' in text
+    assert "BREW" not in text
+
+
+def test_the_openapi_document_describes_every_body() -> None:
+    document = call(ScriptedBackend(), None, "/openapi.json", "GET").json()
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/route", "/admin/experts"):
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        schema = document["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]]
+        assert schema["properties"]
+
+
+def test_a_script_is_not_cancelled_before_its_end() -> None:
+    backend = ScriptedBackend(lambda _: says("a"))
+    answer = call(backend, BODY)
+    assert answer.json()["choices"][0]["text"] == "a"
+    assert isinstance(backend.scripts[0], Script)
+    assert backend.scripts[0].position == 2

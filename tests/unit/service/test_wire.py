@@ -1,0 +1,88 @@
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from service.api.wire.admin import RegisterBody
+from service.api.wire.chat import ChatBody
+from service.api.wire.completions import CompletionBody, parse_prompt
+from service.api.wire.routing import RouteBody
+
+
+@pytest.mark.parametrize(
+    ("value", "prompts"),
+    [
+        ("a", ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1], [2, 3]], ((1,), (2, 3))),
+    ],
+)
+def test_the_four_forms_of_a_prompt(value: Any, prompts: tuple[Any, ...]) -> None:
+    assert parse_prompt(value) == prompts
+
+
+@pytest.mark.parametrize("model", [CompletionBody, ChatBody])
+def test_null_means_not_given_for_every_known_field(model: type[CompletionBody] | type[ChatBody]) -> None:
+    body: dict[str, Any] = dict.fromkeys((*model.model_fields, *model.unsupported))
+    body |= {"model": "m", "prompt": "p"} if model is CompletionBody else {"model": "m", "messages": [USER]}
+    read = model.model_validate(body)
+    assert (read.n, read.temperature, read.stop, read.gates) == (1, 1.0, (), None)
+
+
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize("model", [CompletionBody, ChatBody])
+def test_no_field_is_both_supported_and_not(model: type[CompletionBody] | type[ChatBody]) -> None:
+    assert not model.model_fields.keys() & model.unsupported.keys()
+
+
+@pytest.mark.parametrize("model", [CompletionBody, ChatBody])
+def test_every_neutral_value_passes_and_false_is_not_zero(
+    model: type[CompletionBody] | type[ChatBody],
+) -> None:
+    least: dict[str, Any] = {"model": "m", "prompt": "p"}
+    if model is ChatBody:
+        least = {"model": "m", "messages": [USER]}
+    for name, values in model.unsupported.items():
+        for value in values:
+            model.model_validate({**least, name: value})
+        if False in values and 0 not in [v for v in values if not isinstance(v, bool)]:
+            with pytest.raises(ValidationError):
+                model.model_validate({**least, name: 0})
+
+
+def test_text_parts_are_joined_by_newlines() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = ChatBody.model_validate({"model": "m", "messages": [{"role": "user", "content": parts}]})
+    assert body.messages[0].content == "a\nb"
+
+
+def test_one_chat_becomes_a_list_of_one() -> None:
+    one = RouteBody.model_validate({"messages": [USER]})
+    assert one == RouteBody.model_validate({"messages": [[USER]]})
+
+
+def test_a_body_with_a_million_mistakes_reports_one() -> None:
+    for body in (
+        {"model": "m", "messages": [5] * 100_000},
+        {"model": "m", "messages": [USER], **{f"x{i}": i for i in range(100_000)}},
+        {"model": "m", "messages": [USER], "gates": {f"x{i}": "y" for i in range(100_000)}},
+    ):
+        with pytest.raises(ValidationError) as caught:
+            ChatBody.model_validate(body)
+        assert caught.value.error_count() == 1
+
+
+@pytest.mark.parametrize("name", ["a\n", ".hidden", "-x", "a b", "é", "a/../b", "x" * 65])
+def test_an_expert_name_is_safe_as_folder_label_and_model(name: str) -> None:
+    with pytest.raises(ValidationError):
+        RegisterBody.model_validate({"name": name, "path": "p"})
+
+
+@pytest.mark.parametrize("model", [CompletionBody, ChatBody, RouteBody, RegisterBody])
+def test_every_body_has_a_json_schema(model: Any) -> None:
+    schema = model.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]
