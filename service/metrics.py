@@ -143,9 +143,6 @@ class Metrics:
         self._rebuilds = self._counter("working_set_rebuilds", "Times the packed factors changed.")
         self._routed = self._counter("routed_requests", "Sequences whose gates the router chose.")
         self._route_step = self._histogram("router_batch_seconds", "One batched routing phase.", _ROUTER)
-        self._counter("num_preemptions", "Always 0: this engine never preempts a sequence.")
-        self._counter("prefix_cache_queries", "Always 0: this engine has no prefix cache.")
-        self._counter("prefix_cache_hits", "Always 0: this engine has no prefix cache.")
 
     def _make_http_metrics(self) -> None:
         labels = ("method", "route", "status")

@@ -110,9 +110,6 @@ def test_the_names_of_vllm_are_there_under_our_prefix() -> None:
             "prompt_tokens",
             "generation_tokens",
             "request_success",
-            "num_preemptions",
-            "prefix_cache_queries",
-            "prefix_cache_hits",
         )
     }
 
