@@ -17,7 +17,8 @@
     ├── QueueFullError             429  queue_full              (Retry-After)
     ├── RequestFailedError         500  request_failed          (a fault inside this request alone)
     ├── EngineDeadError            503  engine_dead
-    └── ShuttingDownError          503  shutting_down           (Retry-After)
+    ├── ShuttingDownError          503  shutting_down           (Retry-After)
+    └── RegistrationTimeoutError   504  registration_timeout
 
 Every message names the field, the limit and the mend. `param` is the field as the client wrote it.
 """
@@ -169,3 +170,10 @@ class ShuttingDownError(TwinserveError):
 
     status = 503
     code = "shutting_down"
+
+
+class RegistrationTimeoutError(TwinserveError):
+    """A registration took longer than it may; nothing was registered."""
+
+    status = 504
+    code = "registration_timeout"

@@ -142,7 +142,7 @@ class Metrics:
         self._batch = self._histogram("step_decode_rows", "Sequences that decode in one step.", _COUNTS)
         self._rebuilds = self._counter("working_set_rebuilds", "Times the packed factors changed.")
         self._routed = self._counter("routed_requests", "Sequences whose gates the router chose.")
-        self._route_step = self._histogram("router_batch_seconds", "One batched routing phase.", _ROUTER)
+        self._route_step = self._histogram("router_batch_seconds", "A step that carried prompts for the router.", _ROUTER)
 
     def _make_http_metrics(self) -> None:
         labels = ("method", "route", "status")

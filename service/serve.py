@@ -1,10 +1,11 @@
 """Puts the server together and runs it: bundle, runtime, metrics, app, uvicorn; drains on SIGTERM."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -64,6 +65,13 @@ class DrainingServer(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._announce = announce
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a signal that was obeyed is not raised again: a drained server exits with 0."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""
         await super().startup(sockets)
@@ -114,7 +122,14 @@ def assemble(settings: Settings, announce: Callable[[str, Runtime], None]) -> tu
     disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
     runtime = open_runtime(bundle, runtime_config(settings), metrics)
     metrics.watch(runtime.gauges)
-    app = create_app(runtime, settings, metrics, Registrar(runtime, bundle, settings.experts_root))
+    registrar = Registrar(
+        runtime,
+        bundle,
+        settings.experts_root,
+        seconds=settings.registration_seconds,
+        limit=settings.max_registrations,
+    )
+    app = create_app(runtime, settings, metrics, registrar)
     config = uvicorn.Config(
         app,
         host=settings.host,

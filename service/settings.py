@@ -47,6 +47,12 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024, description="a request body")
     max_json_depth: int = Field(default=32, ge=4, le=256, description="nesting of a JSON body")
     max_profile_prompts: int = Field(default=1000, ge=1, description="prompts of one expert registration")
+    max_registrations: int = Field(
+        default=8, ge=1, description="registrations and retirements that run or wait; one runs at a time"
+    )
+    registration_seconds: float = Field(
+        default=600.0, gt=0, allow_inf_nan=False, description="what one registration may take"
+    )
 
     max_queue: int = Field(default=256, ge=1, description="sequences that wait beyond those that run")
     max_batch: int = Field(default=32, ge=1, description="sequences that run together (KV rows)")

@@ -96,11 +96,11 @@ class KvCache:
             values[target, :tokens].copy_(values[source, :tokens])
 
     @torch.inference_mode()
-    def wipe(self, row: int) -> None:
-        """Zero a row: NaN left by a failed sequence would reach the next one through masked positions."""
+    def wipe(self, row: int, tokens: int) -> None:
+        """Zero the first `tokens` positions of a row in all layers."""
         for keys, values in self.layers.values():
-            keys[row].zero_()
-            values[row].zero_()
+            keys[row, :tokens].zero_()
+            values[row, :tokens].zero_()
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None

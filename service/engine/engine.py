@@ -33,16 +33,11 @@ _FATAL_AFTER = 8
 """Steps in a row in which every participant failed: the engine then counts as dead."""
 
 
-class EngineBrokenError(RuntimeError):
-    """Nothing can be computed any more."""
-
-
 class Engine:
     """Continuous batching of requests with different gates.
 
     Args:
         end_ids: the model's end-of-sequence token ids.
-        routing_tokens: prompt tokens that the router may read in one step.
     """
 
     def __init__(
@@ -52,14 +47,12 @@ class Engine:
         dispatcher: Dispatcher,
         backend: Tokenizer,
         end_ids: frozenset[int],
-        routing_tokens: int = 1024,
     ) -> None:
         self.model = model
         self.scheduler = scheduler
         self.dispatcher = dispatcher
         self._backend = backend
         self._end_ids = end_ids
-        self._routing_tokens = routing_tokens
         self._roster = Roster(model, scheduler, dispatcher.catalogue)
         self._questions: deque[Question] = deque()
         self._failures = 0
@@ -119,11 +112,7 @@ class Engine:
         self._roster.free(self.dispatcher.catalogue.release(pattern))
 
     def step(self) -> StepResult:
-        """One forward pass and everything that follows from it.
-
-        Raises:
-            EngineBrokenError: steps keep failing for every participant.
-        """
+        """One forward pass and everything that follows from it; `broken` is set if steps keep failing."""
         started = time.monotonic()
         step = self._plan()
         conclusion = run_step(self.model, step)
@@ -156,16 +145,19 @@ class Engine:
     # -- plan ---------------------------------------------------------------------------------------
 
     def _plan(self) -> Step:
+        budget = self.scheduler.prompt_budget()
         routed: list[Live | Question] = []
         tokens = 0
-        for queue in (self._questions, self._roster.unrouted):
+        while self._questions and self._questions[0].withdrawn():
+            self._questions.popleft()
+        for queue in (self._roster.unrouted, self._questions):
             while queue:
                 length = len(self._router_reads(queue[0]))
-                if routed and tokens + length > self._routing_tokens:
+                if routed and tokens + length > budget.routing:
                     break
                 routed.append(queue.popleft())
                 tokens += length
-        plan = self.scheduler.plan(tokens)
+        plan = self.scheduler.plan(max(budget.total - tokens, budget.total - budget.routing))
         now = time.monotonic()
         for chunk in plan.prefill:
             live = self._roster.of(chunk.sequence)
@@ -185,7 +177,7 @@ class Engine:
         for sequence, error in conclusion.failed:
             self._roster.fail(self._roster.of(sequence), _request_fault(error), result)
         for item, features in conclusion.routed:
-            self._routed(item, features, started, result)
+            self._routed(item, features, result)
         for sequence, count in conclusion.advanced:
             sequence.computed += count
         if conclusion.logits is not None:
@@ -202,7 +194,7 @@ class Engine:
                     gaps.append(now - live.times.last_token)
                 live.times.last_token = now
                 self._accept(live, token, result)
-        self._watch(conclusion, generated, step)
+        self._watch(conclusion, generated, result)
         result.stats = StepStats(
             mode=conclusion.mode,
             seconds=time.monotonic() - started,
@@ -213,7 +205,7 @@ class Engine:
             patterns=conclusion.patterns,
             rebuilt=conclusion.rebuilt,
             inter_token_seconds=tuple(gaps),
-            routed_requests=len(step.routed),
+            routed_requests=sum(isinstance(item, Live) for item in step.routed),
             route_seconds=time.monotonic() - started if step.routed else 0.0,
         )
         return result
@@ -239,9 +231,7 @@ class Engine:
         elif sequence.generated >= params.max_tokens:
             self._roster.finish(live, "length", None, result)
 
-    def _routed(
-        self, item: Live | Question, features: Tensor | Exception | None, started: float, result: StepResult
-    ) -> None:
+    def _routed(self, item: Live | Question, features: Tensor | Exception | None, result: StepResult) -> None:
         if isinstance(item, Question):
             missing = RequestFailedError("this bundle has no router, so prompts have no features")
             item.answer(missing if features is None else features)
@@ -256,14 +246,13 @@ class Engine:
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
             self._roster.fail(item, _request_fault(error), result)
             return
-        item.times.route_seconds = time.monotonic() - started
         self._roster.start(item, pattern, outcome)
 
-    def _watch(self, conclusion: Conclusion, generated: int, step: Step) -> None:
+    def _watch(self, conclusion: Conclusion, generated: int, result: StepResult) -> None:
         hopeless = bool(conclusion.failed) and not generated and not conclusion.advanced
         self._failures = self._failures + 1 if hopeless else 0
         if self._failures >= _FATAL_AFTER:
-            raise EngineBrokenError(f"{self._failures} steps in a row failed: {conclusion.failed[-1][1]}")
+            result.broken = f"{self._failures} steps in a row failed: {conclusion.failed[-1][1]}"
 
     def _open(self, request: GenerationRequest, arrived: float) -> Live:
         params = request.sampling

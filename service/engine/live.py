@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -21,7 +21,6 @@ class Times:
     admitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None
-    route_seconds: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +46,11 @@ class Live:
         return self.request.id
 
     @property
+    def was_routed(self) -> bool:
+        """The router chose its gates."""
+        return self.request.routing.gates is None
+
+    @property
     def usage(self) -> Usage:
         """Tokens so far."""
         return Usage(self.sequence.prompt_length, self.sequence.generated)
@@ -64,7 +68,7 @@ class Live:
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             queue_seconds=between(times.arrived, times.admitted),
-            route_seconds=times.route_seconds,
+            route_seconds=between(times.arrived, times.routed) if self.was_routed else None,
             prefill_seconds=between(times.admitted, times.first_token),
             decode_seconds=between(times.first_token, now),
             first_token_seconds=between(times.arrived, times.first_token),
@@ -80,8 +84,9 @@ class Question:
     Attributes:
         ids: the tokens that the router reads.
         answer: called on the engine thread with the features (d,) float32, or with the error.
+        withdrawn: whether nobody waits for the answer any more.
     """
 
     ids: tuple[int, ...]
     answer: Callable[[Tensor | Exception], None]
-    asked: float = field(default_factory=time.monotonic)
+    withdrawn: Callable[[], bool] = bool

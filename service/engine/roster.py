@@ -27,11 +27,16 @@ from service.scheduler.sequence import Sequence
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step made: events by request id in order, and statistics."""
+    """What a step made: events by request id in order, and statistics.
+
+    Attributes:
+        broken: set when the engine is beyond help; the events must still be delivered.
+    """
 
     events: list[tuple[str, Event]] = field(default_factory=list)
     ended: list[RequestStats] = field(default_factory=list)
     stats: StepStats | None = None
+    broken: str | None = None
 
 
 class Roster:
@@ -92,8 +97,6 @@ class Roster:
 
     def fail(self, live: Live, error: TwinserveError, result: StepResult) -> None:
         """End a request in an error."""
-        if live.sequence.row is not None:
-            self._model.cache.wipe(live.sequence.row)
         result.events.append((live.id, Failed(error)))
         self._drop(live, "error", result)
 
@@ -103,6 +106,11 @@ class Roster:
             self._model.bank.remove(key)
 
     def _drop(self, live: Live, reason: str, result: StepResult) -> None:
+        row = live.sequence.row
+        if row is not None and reason not in ("stop", "length"):
+            # Nobody has looked at all of its values: NaN would reach the row's next sequence through
+            # masked positions.
+            self._model.cache.wipe(row, len(live.sequence.tokens))
         self._scheduler.remove(live.sequence)
         if live in self.unrouted:
             self.unrouted.remove(live)

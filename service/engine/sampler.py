@@ -88,7 +88,10 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> list[int | NotFiniteErro
         elif state.params.temperature == 0 and not state.edits_logits:
             chosen.append(int(greedy[row]))
         else:
-            chosen.append(_choose(logits[row].to(torch.float32), state))
+            try:
+                chosen.append(_choose(logits[row].to(torch.float32), state))
+            except NotFiniteError as error:
+                chosen.append(error)
     return chosen
 
 
@@ -98,8 +101,11 @@ def _choose(logits: Tensor, state: RowState) -> int:
     if state.edits_logits:
         logits = _edited(logits.clone(), state)
     if params.temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.to(torch.float64) / params.temperature, dim=-1)
+        best = int(logits.argmax())
+        _check(logits[best])
+        return best
+    probabilities = torch.softmax(logits / params.temperature, dim=-1)
+    _check(probabilities.sum())
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
         return _draw(probabilities, state)
     values, ids = _likeliest(probabilities, params)
@@ -121,17 +127,23 @@ def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, T
     size = probabilities.shape[0]
     if params.top_k:
         return probabilities.topk(min(params.top_k, size))
-    values, ids = probabilities.topk(min(_HEAD, size))
-    inside_nucleus = float(values.sum()) < params.top_p
-    above_floor = float(values[-1]) >= params.min_p * float(values[0])
-    if size > _HEAD and inside_nucleus and above_floor:
-        return probabilities.sort(descending=True)
-    return values, ids
+    for head in (_HEAD, 8 * _HEAD):
+        values, ids = probabilities.topk(min(head, size))
+        whole_nucleus = float(values.sum()) >= params.top_p
+        below_floor = float(values[-1]) < params.min_p * float(values[0])
+        if head >= size or whole_nucleus or below_floor:
+            return values, ids
+    return probabilities.sort(descending=True)
+
+
+def _check(value: Tensor) -> None:
+    if not bool(torch.isfinite(value)):
+        raise NotFiniteError("the row's logits are not finite after penalties and temperature")
 
 
 def _draw(weights: Tensor, state: RowState) -> int:
-    """Index drawn from non-negative (n,) float64 weights."""
-    cumulative = weights.cumsum(-1)
+    """Index drawn from non-negative (n,) weights; summed in float64, since float32 loses small ones."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
     point = state.stream.random() * float(cumulative[-1])
     index = int(torch.searchsorted(cumulative, point, right=True))
     return min(index, weights.shape[0] - 1)

@@ -3,17 +3,24 @@
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 _CONTEXT = 8
-"""Prompt tokens that the decoder sees first, so that a leading space of the answer is kept."""
+"""Prompt tokens that are decoded before the answer's, so that its leading space is kept."""
+
+_LONGEST_CHARACTER = 8
+"""Tokens after which text that still ends in a broken character is taken as it is."""
+
+_BROKEN = "\ufffd"
+"""What a decoder shows for bytes that are no whole character."""
 
 
 class TextStream:
     """Incremental text of one request.
 
-    Text that might be the beginning of a stop string is held back until it is clear. Bytes that never
-    become a whole character are never emitted.
+    Each token is decoded behind a short window of the tokens before it, and what the window gains is the
+    token's text; decoders treat a token differently at the beginning of a text. Bytes that do not make a
+    whole character wait for more. Text that might be the beginning of a stop string is held back until it
+    is clear.
 
     Args:
         backend: the fast tokenizer's own object.
@@ -23,8 +30,8 @@ class TextStream:
     def __init__(self, backend: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
         self._backend = backend
         self._stops = tuple(stops)
-        self._ids = list(prompt_ids[-_CONTEXT:])
-        self._stream = DecodeStream(ids=list(self._ids), skip_special_tokens=True)
+        self._window = list(prompt_ids[-_CONTEXT:])
+        self._read = len(self._window)
         self._held = ""
         self.stopped_by: str | None = None
 
@@ -49,15 +56,19 @@ class TextStream:
         return self._release(len(self._held))
 
     def _decode(self, token: int) -> str:
-        self._ids.append(token)
-        try:
-            return self._stream.step(self._backend, token) or ""
-        except Exception as error:
-            if "prefix" not in str(error).lower():
-                raise
-            # The library gives up when a token rewrites text before it; start over with it as context.
-            self._stream = DecodeStream(ids=list(self._ids), skip_special_tokens=True)
+        self._window.append(token)
+        before = self._backend.decode(self._window[: self._read], skip_special_tokens=True)
+        after = self._backend.decode(self._window, skip_special_tokens=True)
+        if after.endswith(_BROKEN) and len(self._window) - self._read < _LONGEST_CHARACTER:
             return ""
+        # The window keeps what was new last time: enough context, and its cost does not grow.
+        self._window = self._window[self._read :] if len(self._window) > _CONTEXT else self._window
+        self._read = len(self._window)
+        # Not after[len(before):]: a prompt may end within a character, whose mark the answer then replaces.
+        shared = 0
+        while shared < min(len(before), len(after)) and before[shared] == after[shared]:
+            shared += 1
+        return after[shared:]
 
     def _release(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]

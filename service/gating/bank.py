@@ -67,7 +67,7 @@ class ExpertBank:
         """Forget an expert that no request uses any more and give its memory back."""
         self._resident.pop(key, None)
         if key in self._working.segments:
-            self._working.clear()
+            self._working.clear(release=True)
             self._last = None
 
     def resident(self, key: ExpertKey) -> ResidentExpert | None:

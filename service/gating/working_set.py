@@ -36,9 +36,11 @@ class PackedFactors:
         self._b[used:needed].copy_(b)
         self.a, self.b = self._a[:needed], self._b[:needed]
 
-    def clear(self) -> None:
-        """Forget the rows; the memory stays for the next ones."""
+    def clear(self, *, release: bool) -> None:
+        """Forget the rows; the memory stays for the next ones unless it is released."""
         self.a = self.b = None
+        if release:
+            self._a = self._b = None
 
     @property
     def nbytes(self) -> int:
@@ -86,13 +88,13 @@ class MatrixBuffer:
         self.ranks.append(factors.a.shape[0])
         self.rows += factors.a.shape[0]
 
-    def clear(self) -> None:
+    def clear(self, *, release: bool) -> None:
         """Forget all segments."""
         self.ranks = []
         self.rows = 0
-        self.native.clear()
+        self.native.clear(release=release)
         if self.fine is not None:
-            self.fine.clear()
+            self.fine.clear(release=release)
 
     @property
     def nbytes(self) -> int:
@@ -158,16 +160,20 @@ class WorkingSet:
             self.clear()
             missing = sorted(wanted)
         repacked = not self.segments
-        for key in missing:
-            self._append(resident[key])
+        try:
+            for key in missing:
+                self._append(resident[key])
+        except BaseException:
+            self.clear()
+            raise
         self._refresh()
         return Change(len(missing), repacked)
 
-    def clear(self) -> None:
-        """Drop every segment; the next `ensure` packs anew."""
+    def clear(self, *, release: bool = False) -> None:
+        """Drop every segment, and its memory too if it is released; the next `ensure` packs anew."""
         self.segments = []
         for matrix in self.matrices.values():
-            matrix.clear()
+            matrix.clear(release=release)
         for vector in self.vectors.values():
             vector.rows = []
         self._refresh()

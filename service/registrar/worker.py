@@ -6,12 +6,15 @@ writes to disk is `Bundle.publish_expert`'s, which is atomic.
 
 import asyncio
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,13 @@ from experts.errors import ExpertsError
 from experts.registry import describe_source, prepare_expert, refit_router
 from service.errors import RequestFailedError
 
+_log = logging.getLogger(__name__)
+
 _NICENESS = 10
 """The engine's threads go first."""
+
+_KILL_SECONDS = 10
+"""A killed process ends at once, unless it waits for a disk that does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +110,9 @@ def _main(job: Job, results: Connection) -> None:
 
 
 async def run(job: Job) -> dict[str, Any]:
-    """`perform` in another process, which is ended if this is cancelled.
+    """`perform` in another process, which is killed if this is cancelled.
+
+    What a killed process leaves on the disk is an old manifest or a new one, never a half.
 
     Raises:
         ExpertsError, RebuiltError: as `perform`.
@@ -111,16 +121,11 @@ async def run(job: Job) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_main, args=(job, theirs), name=f"register-{job.name}", daemon=True)
-    loop = asyncio.get_running_loop()
+    work = asyncio.get_running_loop().run_in_executor(None, _carry_out, process, ours, theirs)
     try:
-        await loop.run_in_executor(None, process.start)
-        theirs.close()  # the child's end is the last one: its death is our end of file
-        result = await loop.run_in_executor(None, _receive, ours)
-        await loop.run_in_executor(None, process.join)
+        result = await asyncio.shield(work)
     finally:
-        with contextlib.suppress(AttributeError):  # it never started
-            process.terminate()  # when cancelled; otherwise it has ended
-        ours.close()
+        await _end(process, work)
     if result is None:
         raise RequestFailedError(
             f"The process that computed {job.name!r} died (exit code {process.exitcode}); "
@@ -131,9 +136,28 @@ async def run(job: Job) -> dict[str, Any]:
     return dict(result)
 
 
-def _receive(results: Connection) -> dict[str, Any] | Exception | None:
-    try:
-        received: dict[str, Any] | Exception = results.recv()
-    except EOFError:
-        return None
+def _carry_out(
+    process: SpawnProcess, ours: Connection, theirs: Connection
+) -> dict[str, Any] | Exception | None:
+    """Start the process and wait for its result; None if it dies without one. Blocks."""
+    with ours:
+        with theirs:
+            process.start()
+        # The child's end is the last one now: its death is our end of file.
+        try:
+            received: dict[str, Any] | Exception | None = ours.recv()
+        except EOFError:
+            received = None
+        process.join()
     return received
+
+
+async def _end(process: SpawnProcess, work: "asyncio.Future[Any]") -> None:
+    """Kill the process if it still works, and wait until nothing is left of it."""
+    deadline = time.monotonic() + _KILL_SECONDS
+    while not work.done() and time.monotonic() < deadline:
+        with contextlib.suppress(AttributeError):  # it is only being started
+            process.kill()
+        await asyncio.wait({work}, timeout=0.1)
+    if not work.done():
+        _log.error("%s (process %s) does not end; it hangs in the kernel", process.name, process.pid)

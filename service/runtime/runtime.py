@@ -1,6 +1,7 @@
 """What the api talks to: admission, results, experts, state. Its methods are for the event loop."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -34,12 +35,16 @@ from service.errors import (
     InvalidRequestError,
     QueueFullError,
     ShuttingDownError,
+    TwinserveError,
 )
 from service.runtime.config import RuntimeConfig
 from service.runtime.generation import Generation
 from service.runtime.thread import Command, EngineThread, StatsSink
 
 T = TypeVar("T")
+
+_PROFILED_AT_ONCE = 16
+"""Prompts of a registration that wait for the router together, so that it never fills the queue."""
 
 
 class Runtime:
@@ -63,8 +68,9 @@ class Runtime:
         self._engine = engine
         self._limit = config.max_batch + config.max_queue
         self._generations: dict[str, Generation] = {}
+        self._asked = 0
         self._draining = False
-        self._thread = EngineThread(engine, self._deliver, stats, config.threads)
+        self._thread = EngineThread(engine, self._deliver, self._end_all, stats, config.threads)
         self._thread.start()
 
     # -- requests -----------------------------------------------------------------------------------
@@ -119,6 +125,12 @@ class Runtime:
             self._engine.release(pattern)
             return found
 
+        if self._asked + len(prompts) > self._limit:
+            raise QueueFullError(
+                f"{self._asked} prompts wait to be routed, the limit is {self._limit} "
+                "(TWINSERVE_MAX_QUEUE); try again later, or with fewer",
+                retry_after=1.0,
+            )
         return await self._ask(prompts, answer)
 
     async def features(self, prompts: Sequence[tuple[int, ...]]) -> npt.NDArray[np.float32]:
@@ -131,7 +143,9 @@ class Runtime:
             raise InvalidRequestError(
                 "this bundle has no router, so prompts have no features", param="prompts"
             )
-        rows = await self._ask(prompts, lambda features: features)
+        rows: list[Tensor] = []
+        for begin in range(0, len(prompts), _PROFILED_AT_ONCE):
+            rows += await self._ask(prompts[begin : begin + _PROFILED_AT_ONCE], lambda features: features)
         return np.asarray(torch.stack(rows).numpy(), dtype=np.float32)
 
     # -- experts ------------------------------------------------------------------------------------
@@ -254,8 +268,12 @@ class Runtime:
 
     async def _ask(self, prompts: Sequence[tuple[int, ...]], answer: Callable[[Tensor], T]) -> list[T]:
         self._check_open()
-        futures = [self._question(ids, answer) for ids in prompts]
-        return list(await asyncio.gather(*(asyncio.wrap_future(future) for future in futures)))
+        self._asked += len(prompts)
+        try:
+            futures = [self._question(ids, answer) for ids in prompts]
+            return list(await asyncio.gather(*(asyncio.wrap_future(future) for future in futures)))
+        finally:
+            self._asked -= len(prompts)
 
     def _question(self, ids: tuple[int, ...], answer: Callable[[Tensor], T]) -> "Future[T]":
         future: Future[T] = Future()
@@ -270,7 +288,7 @@ class Runtime:
             except Exception as error:  # noqa: BLE001 belongs to whoever asked
                 future.set_exception(error)
 
-        self._thread.send(lambda _: self._engine.ask(Question(ids, settle)))
+        self._thread.send(lambda _: self._engine.ask(Question(ids, settle, future.cancelled)))
         return future
 
     async def _call(self, change: Command) -> None:
@@ -288,8 +306,13 @@ class Runtime:
         await asyncio.wrap_future(future)
 
     def _cancel(self, request_id: str) -> None:
-        if self.alive:
+        # When the engine has ended, so has the request.
+        with contextlib.suppress(EngineDeadError):
             self._thread.send(lambda result: self._engine.cancel(request_id, result))
+
+    def _end_all(self, error: TwinserveError) -> None:
+        """On the engine thread, last of all: whoever is still without a terminal event gets the error."""
+        self._deliver([(request_id, Failed(error)) for request_id in list(self._generations)])
 
     def _deliver(self, events: list[tuple[str, Event]]) -> None:
         """On the engine thread: send events to the loops of their requests."""

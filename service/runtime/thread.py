@@ -1,5 +1,6 @@
 """The engine thread: takes commands between steps, runs steps, hands out what they made."""
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -19,6 +20,13 @@ Command = Callable[[StepResult], None]
 """Something to do on the engine thread between two steps; it may add events."""
 
 
+_JOIN_SECONDS = 60
+
+
+class EngineBrokenError(RuntimeError):
+    """Nothing can be computed any more."""
+
+
 class StatsSink(Protocol):
     """Who is told what happened; called on the engine thread."""
 
@@ -34,6 +42,7 @@ class EngineThread:
 
     Args:
         deliver: called on this thread with the events of a step, in order.
+        ended: called once on this thread when it is over, with the error for whoever still waits.
         threads: intra-op threads of the engine; None leaves torch's choice.
 
     Attributes:
@@ -44,12 +53,14 @@ class EngineThread:
         self,
         engine: Engine,
         deliver: Callable[[list[tuple[str, Event]]], None],
+        ended: Callable[[TwinserveError], None],
         stats: StatsSink | None,
         threads: int | None,
     ) -> None:
         self.failure: str | None = None
         self._engine = engine
         self._deliver = deliver
+        self._ended = ended
         self._stats = stats
         self._threads = threads
         self._wake = threading.Condition()
@@ -83,11 +94,13 @@ class EngineThread:
         return EngineDeadError(f"the engine has stopped ({self.failure or 'closed'}); restart the server")
 
     def close(self) -> None:
-        """End the thread; live requests get an error. Blocks until it has ended."""
+        """End the thread; live requests get an error. Blocks until it has ended, a minute at most."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(_JOIN_SECONDS)
+        if self._thread.is_alive():
+            logger.error("the engine thread is stuck in a step and is left behind")
 
     def _run(self) -> None:
         if self._threads is not None:
@@ -116,24 +129,41 @@ class EngineThread:
                 return False
             commands = list(self._inbox)
             self._inbox.clear()
-        result = StepResult()
-        for command in commands:
-            command(result)
-        self._report(result)
+        self._obey(commands)
         if self._engine.busy:
-            self._report(self._engine.step())
+            result = self._engine.step()
+            self._report(result)
+            if result.broken is not None:
+                raise EngineBrokenError(result.broken)
         return True
 
-    def _end(self, commands: list[Command], error: TwinserveError) -> None:
-        """Nobody may wait for ever: late requests are taken in, and then everything is ended."""
-        result = StepResult()
+    def _obey(self, commands: list[Command]) -> None:
+        """Run all commands, whatever one of them does, and hand out what they made.
+
+        Raises:
+            Exception: the first that a command raised; the engine's state is unknown then.
+        """
+        result, fault = StepResult(), None
         for command in commands:
             try:
                 command(result)
-            except Exception:
-                logger.exception("a command failed while the engine was ending")
-        self._engine.fail_all(error, result)
+            except Exception as error:
+                logger.exception("a command failed on the engine thread")
+                fault = fault or error
         self._report(result)
+        if fault is not None:
+            raise fault
+
+    def _end(self, commands: list[Command], error: TwinserveError) -> None:
+        """Nobody may wait for ever: late requests are taken in, and then everything is ended."""
+        try:
+            with contextlib.suppress(Exception):
+                self._obey(commands)
+            result = StepResult()
+            self._engine.fail_all(error, result)
+            self._report(result)
+        finally:
+            self._ended(error)
 
     def _report(self, result: StepResult) -> None:
         if result.events:

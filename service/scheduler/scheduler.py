@@ -21,6 +21,20 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptBudget:
+    """Prompt tokens of the coming step.
+
+    Attributes:
+        total: to prefill and to route together.
+        routing: of those, what routing may take while prompts wait for prefill; it may take one prompt
+            in any case.
+    """
+
+    total: int
+    routing: int
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillChunk:
     """`count` prompt tokens of a sequence, from its `computed` on."""
 
@@ -71,11 +85,18 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def plan(self, routing_tokens: int = 0) -> StepPlan:
+    def prompt_budget(self) -> PromptBudget:
+        """How many prompt tokens the coming step may carry, and how many of them for the router."""
+        decoding = any(not sequence.in_prefill for sequence in self.running)
+        total = self.budget.chunk_tokens if decoding else self.budget.step_tokens
+        prefilling = any(sequence.in_prefill for sequence in self.running) or self.waiting
+        return PromptBudget(total, max(1, total // 2) if prefilling else total)
+
+    def plan(self, prompt_tokens: int) -> StepPlan:
         """Admit what fits and lay out the next step.
 
         Args:
-            routing_tokens: prompt tokens that the step already carries for the router.
+            prompt_tokens: most prompt tokens to prefill in it.
         """
         while self.waiting and (row := self.rows.take()) is not None:
             sequence = self.waiting.popleft()
@@ -83,7 +104,7 @@ class Scheduler:
             self.running.append(sequence)
         moves = self._compact()
         decode = sorted((s for s in self.running if not s.in_prefill), key=lambda s: s.row or 0)
-        left = (self.budget.chunk_tokens if decode else self.budget.step_tokens) - routing_tokens
+        left = prompt_tokens
         prefill: list[PrefillChunk] = []
         for sequence in self.running:
             if sequence.in_prefill and left > 0:
@@ -99,6 +120,9 @@ class Scheduler:
             highest = max(self.running, key=lambda s: s.row or 0)
             target = self.rows.lowest_free
             if highest.row is None or target is None or highest.row + 1 <= 2 * len(self.running):
+                break
+            if highest.in_prefill:
+                # Its cached values are not proven finite yet; what a move leaves behind must be.
                 break
             source = highest.row
             self.rows.take()

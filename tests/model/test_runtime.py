@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -122,7 +121,11 @@ def test_a_full_queue_refuses_before_anything_is_queued(bundle):
     ("request_", "error", "message"),
     [
         (GenerationRequest("r", (), SamplingParams(max_tokens=1)), InvalidRequestError, "no tokens"),
-        (GenerationRequest("r", (VOCABULARY,), SamplingParams(max_tokens=1)), InvalidRequestError, r"\[0, 320\)"),
+        (
+            GenerationRequest("r", (VOCABULARY,), SamplingParams(max_tokens=1)),
+            InvalidRequestError,
+            r"\[0, 320\)",
+        ),
         (GenerationRequest("r", (-1,), SamplingParams(max_tokens=1)), InvalidRequestError, r"-1\.\.-1"),
         (GenerationRequest("r", (5,) * 250, SamplingParams(max_tokens=7)), ContextLengthError, "257"),
         (_request("r", {"nobody": 1.0}), UnknownExpertError, "nobody"),
@@ -172,6 +175,71 @@ def test_a_dead_engine_hangs_nobody(bundle, monkeypatch):
                 await runtime.route([(1, 2, 3)], RoutingChoice())
             with pytest.raises(EngineDeadError):
                 await runtime.retire("alpha", None)
+
+    asyncio.run(scenario())
+
+
+def test_the_request_whose_failure_is_the_last_straw_still_gets_its_error(bundle, monkeypatch):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+
+            def explode(*_):
+                raise RuntimeError("no memory")
+
+            monkeypatch.setattr(runtime._engine.model, "forward", explode)
+            for i in range(8):
+                last = (await _events(runtime.submit(_request(f"r{i}", {}))))[-1]
+                assert isinstance(last, Failed)
+            await asyncio.to_thread(runtime._thread._thread.join, 30)
+            with pytest.raises(EngineDeadError, match="no memory"):
+                runtime.submit(_request("late"))
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_command_that_fails_hangs_nobody_who_was_taken_in_with_it(bundle):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+
+            def explode(_):
+                raise ValueError("a bug")
+
+            runtime._thread.send(explode)
+            generation = runtime.submit(_request("r"))
+            with pytest.raises(EngineDeadError):
+                await runtime.route([(5, 6, 7)], RoutingChoice())
+            assert isinstance((await _events(generation))[-1], Failed)
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_requests_go_on_while_many_prompts_are_profiled(bundle):
+    async def scenario() -> None:
+        recorder = Recorder()
+        async with _open(bundle, recorder) as runtime:
+            decoding = runtime.submit(_request("d", {}, tokens=200))
+            await anext(decoding)
+            profiling = asyncio.create_task(
+                runtime.features([prompt_ids(i, 60, VOCABULARY) for i in range(300)])
+            )
+            await asyncio.sleep(0)
+            before = len(recorder.steps)
+            fresh = runtime.submit(_request("new", {}, tokens=1))
+            assert isinstance((await _events(fresh))[-1], Finished)
+            assert not profiling.done()
+            assert len(recorder.steps) - before < 20
+            assert (await profiling).shape[0] == 300
+            assert sum(step.routed_requests for step in recorder.steps) == 0
+
+    asyncio.run(scenario())
+
+
+def test_too_many_prompts_to_route_are_refused(bundle):
+    async def scenario() -> None:
+        async with _open(bundle, max_batch=2, max_queue=2) as runtime:
+            with pytest.raises(QueueFullError, match="wait to be routed"):
+                await runtime.route([(5, 6)] * 5, RoutingChoice())
+            assert len(await runtime.route([(5, 6)] * 4, RoutingChoice())) == 4
 
     asyncio.run(scenario())
 

@@ -182,12 +182,17 @@ def test_values_that_are_not_finite_are_refused_even_where_they_would_be_folded(
         compress(deltas.items(), CompressionSpec(rank=1, extras=extras))
 
 
-def test_fused_weights_are_folded_or_refused() -> None:
-    fused = [("model.layers.0.mlp.experts.gate_up_proj", torch.ones(2, 3, 4))]
-    expert = compress(fused, CompressionSpec(rank=1))
-    assert expert.report.tensors[0].handling == "folded"
-    with pytest.raises(CompressionError, match=r"gate_up_proj has shape \[2, 3, 4\]"):
-        compress(fused, CompressionSpec(rank=1, extras="exact"))
+@pytest.mark.parametrize("extras", ["fold", "exact"])
+@pytest.mark.parametrize("shape", [(2, 3, 4), ()])
+def test_a_changed_tensor_that_no_expert_can_have_is_refused_and_never_dropped(
+    extras: Any, shape: tuple[int, ...]
+) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    spec = CompressionSpec(rank=1, extras=extras)
+    with pytest.raises(CompressionError, match=rf"{name} was changed and has shape \{list(shape)}.*freeze it"):
+        compress([(name, torch.ones(shape))], spec)
+    unchanged = compress([(name, torch.zeros(shape))], spec)
+    assert (unchanged.nbytes, unchanged.report.folded_fraction) == (0, 0)
 
 
 def test_a_name_that_comes_twice_is_refused() -> None:

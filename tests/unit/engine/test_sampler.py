@@ -126,6 +126,12 @@ def test_broken_logits_fail_their_row_alone(bad, temperature):
     assert chosen[1] == 1
 
 
+@pytest.mark.parametrize("params", [{"temperature": 1e-310}, {"repetition_penalty": 1e-300}])
+def test_parameters_that_overflow_fail_the_row_instead_of_choosing_some_token(params):
+    row = _row(prompt=(0, 1), **params)
+    assert isinstance(sample(torch.tensor([[2.0, 5.0, -1.0]]), [row])[0], NotFiniteError)
+
+
 def test_logits_are_not_changed():
     logits = torch.tensor([[1.0, 2.0, 3.0]])
     before = logits.clone()

@@ -50,6 +50,28 @@ def test_an_unfinished_character_is_never_emitted(backend):
     assert "".join(stream.push(token) for token in tokens[:-1]) + stream.finish() == "x"
 
 
+@pytest.mark.parametrize("prompt", ["hidden prompt \ufffd", "plain prompt", "ends in space "])
+def test_the_prompt_never_comes_back_as_answer(backend, prompt):
+    pieces, _ = _pieces(backend, "answer", prompt=prompt)
+    assert "".join(pieces) == "answer"
+
+
+def test_a_prompt_that_ends_within_a_character_is_completed_by_the_answer(backend):
+    tokens = backend.encode("hidden 🦙 text").ids
+    for cut in range(len(backend.encode("hidden ").ids), len(tokens)):
+        stream = TextStream(backend, tokens[:cut], ())
+        answer = "".join(stream.push(token) for token in tokens[cut:]) + stream.finish()
+        assert answer in ("🦙 text"[-len(answer) :], "")
+        assert "hidden" not in answer
+
+
+def test_bytes_that_never_make_a_character_do_not_hold_the_text_for_ever(backend):
+    stream = TextStream(backend, (), ())
+    broken = backend.encode("🦙").ids[1]
+    pieces = [stream.push(broken) for _ in range(30)]
+    assert "".join(pieces)
+
+
 def test_special_tokens_leave_no_text(backend):
     stream = TextStream(backend, (), ())
     assert stream.push(backend.token_to_id("<end>")) == ""

@@ -69,6 +69,34 @@ def test_an_expert_that_is_not_resident_is_a_broken_lease():
         working.ensure([ExpertKey("ghost", 1)], {})
 
 
+def test_a_failed_append_leaves_a_set_that_can_be_packed_again(monkeypatch):
+    first, second = _expert(0), _expert(1)
+    working, resident = _set(first, second)
+    working.ensure([first.key], resident)
+    broken = working.matrices["second"]
+    monkeypatch.setattr(type(broken.native), "append", _out_of_memory)
+    with pytest.raises(MemoryError):
+        working.ensure([first.key, second.key], resident)
+    monkeypatch.undo()
+    assert working.ensure([first.key, second.key], resident).repacked
+    assert working.matrices["second"].ranks == [3, 3]
+
+
+def _out_of_memory(*_):
+    raise MemoryError
+
+
+def test_released_memory_is_given_back():
+    expert = _expert(0)
+    working, resident = _set(expert)
+    working.ensure([expert.key], resident)
+    held = working.nbytes
+    working.clear()
+    assert working.nbytes == held
+    working.clear(release=True)
+    assert working.nbytes == 0
+
+
 def test_vectors_of_experts_without_one_count_as_zero():
     with_bias, without = _expert(0, vector=True), _expert(1)
     working, resident = _set(with_bias, without)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from service.core import GenerationRequest, Pattern, SamplingParams
 from service.scheduler.rows import RowPool
-from service.scheduler.scheduler import Budget, Scheduler
+from service.scheduler.scheduler import Budget, PromptBudget, Scheduler
 from service.scheduler.sequence import Sequence
 
 
@@ -29,11 +29,11 @@ def test_requests_are_admitted_in_order_while_rows_last():
     sequences = [_sequence(f"r{i}", 3) for i in range(3)]
     for sequence in sequences:
         scheduler.add(sequence)
-    plan = scheduler.plan()
+    plan = scheduler.plan(scheduler.prompt_budget().total)
     assert [chunk.sequence for chunk in plan.prefill] == sequences[:2]
     assert [s.row for s in sequences] == [0, 1, None]
     scheduler.remove(sequences[0])
-    scheduler.plan()
+    scheduler.plan(scheduler.prompt_budget().total)
     assert sequences[2].row == 0
 
 
@@ -41,11 +41,11 @@ def test_a_long_prompt_is_cut_into_chunks_beside_decoding_rows():
     scheduler = Scheduler(4, Budget(step_tokens=100, chunk_tokens=10))
     short, long = _sequence("short", 3), _sequence("long", 35)
     scheduler.add(short)
-    _advance(scheduler.plan())
+    _advance(scheduler.plan(scheduler.prompt_budget().total))
     scheduler.add(long)
     seen = []
     while long.in_prefill:
-        plan = scheduler.plan()
+        plan = scheduler.plan(scheduler.prompt_budget().total)
         assert plan.decode == [short]
         seen.append([chunk.count for chunk in plan.prefill])
         _advance(plan)
@@ -56,14 +56,19 @@ def test_prompts_use_the_whole_step_when_nobody_decodes():
     scheduler = Scheduler(4, Budget(step_tokens=50, chunk_tokens=5))
     for i in range(3):
         scheduler.add(_sequence(f"r{i}", 20))
-    assert [chunk.count for chunk in scheduler.plan().prefill] == [20, 20, 10]
+    assert [chunk.count for chunk in scheduler.plan(scheduler.prompt_budget().total).prefill] == [20, 20, 10]
 
 
-def test_tokens_read_for_routing_count_against_the_prompt_budget():
-    scheduler = Scheduler(4, Budget(step_tokens=50, chunk_tokens=5))
-    scheduler.add(_sequence("r", 40))
-    assert [chunk.count for chunk in scheduler.plan(routing_tokens=30).prefill] == [20]
-    assert scheduler.plan(routing_tokens=60).prefill == []
+def test_routing_may_take_half_of_the_prompt_tokens_while_prompts_wait():
+    scheduler = Scheduler(4, Budget(step_tokens=50, chunk_tokens=10))
+    assert scheduler.prompt_budget() == PromptBudget(50, 50)
+    first = _sequence("r", 40)
+    scheduler.add(first)
+    assert scheduler.prompt_budget() == PromptBudget(50, 25)
+    _advance(scheduler.plan(50))
+    assert scheduler.prompt_budget() == PromptBudget(10, 10)
+    scheduler.add(_sequence("s", 40))
+    assert scheduler.prompt_budget() == PromptBudget(10, 5)
 
 
 def test_a_far_row_is_pulled_down_once_most_rows_are_empty():
@@ -71,10 +76,10 @@ def test_a_far_row_is_pulled_down_once_most_rows_are_empty():
     sequences = [_sequence(f"r{i}", 2) for i in range(8)]
     for sequence in sequences:
         scheduler.add(sequence)
-    _advance(scheduler.plan())
+    _advance(scheduler.plan(scheduler.prompt_budget().total))
     for sequence in sequences[:7]:
         scheduler.remove(sequence)
-    plan = scheduler.plan()
+    plan = scheduler.plan(scheduler.prompt_budget().total)
     assert [(move.sequence, move.source, move.target) for move in plan.moves] == [(sequences[7], 7, 0)]
     assert plan.decode == [sequences[7]]
     assert scheduler.rows.free == 7
@@ -85,7 +90,7 @@ def test_removing_twice_or_while_waiting_is_harmless():
     running, waiting = _sequence("a", 2), _sequence("b", 2)
     scheduler.add(running)
     scheduler.add(waiting)
-    scheduler.plan()
+    scheduler.plan(scheduler.prompt_budget().total)
     scheduler.remove(waiting)
     scheduler.remove(waiting)
     scheduler.remove(running)
@@ -112,7 +117,7 @@ def test_every_request_ends_and_rows_stay_exclusive(rows, chunk, work):
             sequence = _sequence(f"r{index}", prompt)
             wanted[sequence] = tokens
             scheduler.add(sequence)
-        plan = scheduler.plan()
+        plan = scheduler.plan(scheduler.prompt_budget().total)
         live = [s.row for s in scheduler.running]
         assert len(set(live)) == len(live)
         assert scheduler.rows.free + len(live) == rows

