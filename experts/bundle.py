@@ -12,23 +12,20 @@ Generations are immutable. Publishing writes a new folder and then replaces mani
 a reader sees the old bundle or the new one, never a half. Writing a bundle anew is `bundle_writer`'s.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from experts.bundle_change import changing
 from experts.bundle_delta import BaseDelta
 from experts.bundle_expert import ExpertWeights, check_expert, read_expert, summarise, write_expert
-from experts.bundle_files import add_folder, locked, next_generation, replace_file, verify_files
+from experts.bundle_files import next_generation, verify_files
 from experts.bundle_manifest import (
     BASE_DELTA_NAME,
     FORMAT_VERSION,
-    MANIFEST_NAME,
     SHARED_NAME,
     ExpertEntry,
     ExpertSource,
-    FileEntry,
     Manifest,
     RouterEntry,
     check_expected,
@@ -49,7 +46,7 @@ from experts.errors import (
 )
 from experts.routing import Router, load_router
 
-__all__ = ["FORMAT_VERSION", "Bundle", "ExpertWeights", "Manifest"]
+__all__ = ["FORMAT_VERSION", "Bundle", "ExpertWeights", "Manifest", "check_name"]
 
 
 @dataclass(frozen=True)
@@ -176,13 +173,13 @@ class Bundle:
         check_name(name)
         if name == self.manifest.name:
             raise BundleError(f"expert name {name!r} is the bundle's own name; choose another")
-        with self._update() as manifest:
+        with changing(self.path, self.manifest.build_id) as change:
+            manifest = change.manifest
             current = manifest.experts.get(name)
             check_expected(name, current, expected_generation)
             generation = next_generation(self.path / "experts" / name, current.generation if current else 0)
-            files = dict(manifest.files)
             folder = expert_folder(name, generation)
-            files |= add_folder(self.path, folder, lambda scratch: write_expert(scratch, compressed))
+            change.add(folder, lambda scratch: write_expert(scratch, compressed))
             check_expert(self.path / folder, self.shared)
             entry = ExpertEntry(
                 generation=generation,
@@ -192,9 +189,9 @@ class Bundle:
                 compression=compression or manifest.compression,
                 summary=summarise(compressed, self.shared),
             )
-            _check_router_keeps(manifest, router)
-            chosen = self._write_router(router, manifest, files) if router else manifest.router
-            self._commit(manifest, {**manifest.experts, name: entry}, chosen, files)
+            change.check_router_keeps(router)
+            chosen = change.add_router(router) if router else manifest.router
+            change.commit({**manifest.experts, name: entry}, chosen)
         return Bundle.open(self.path, verify=False)
 
     def retire_expert(self, name: str, router: Router | None = None) -> "Bundle":
@@ -208,12 +205,12 @@ class Bundle:
             UnknownExpertError: no active expert of that name.
             BundleError: the router names an expert that is not active, or the disk refuses.
         """
-        with self._update() as manifest:
+        with changing(self.path, self.manifest.build_id) as change:
+            manifest = change.manifest
             current = manifest.experts.get(name)
             if current is None or current.state != "active":
                 raise UnknownExpertError(f"{self.path} has no expert {name!r} to retire")
             entry = current.model_copy(update={"state": "retired", "routed": False})
-            files = dict(manifest.files)
             if router is None and current.routed:
                 routed = Bundle(self.path, manifest).router()
                 router = routed.without(name) if routed else None
@@ -221,48 +218,32 @@ class Bundle:
             else:
                 chosen = manifest.router
             if router is not None:
-                chosen = self._write_router(router, manifest, files)
-            self._commit(manifest, {**manifest.experts, name: entry}, chosen, files)
+                chosen = change.add_router(router)
+            change.commit({**manifest.experts, name: entry}, chosen)
         return Bundle.open(self.path, verify=False)
 
-    @contextlib.contextmanager
-    def _update(self) -> Iterator[Manifest]:
-        """Hold the bundle's lock and give the manifest as it is now, not as it was when this was opened."""
-        try:
-            with locked(self.path):
-                manifest = read_manifest(self.path)
-                if manifest.build_id != self.manifest.build_id:
-                    raise BundleError(f"{self.path} was rebuilt since it was opened; open it again")
-                yield manifest
-        except OSError as error:
-            raise BundleError(f"{self.path} cannot be updated: {error}") from error
+    def revert_expert(self, name: str) -> "Bundle":
+        """Make an expert, and the router, again what they were when this bundle was opened.
 
-    def _write_router(self, router: Router, manifest: Manifest, files: dict[str, FileEntry]) -> RouterEntry:
-        """Write a router as the next generation and list its files."""
-        generation = next_generation(self.path / "router", manifest.router.generation)
-        files |= add_folder(self.path, router_folder(generation), router.at_generation(generation).save)
-        return RouterEntry(generation=generation, names=router.names)
+        Takes back a publication that could not be served. Its generation stays spent and its files stay.
+        Does nothing where nothing was published. Returns the bundle opened anew.
 
-    def _commit(
-        self,
-        manifest: Manifest,
-        experts: Mapping[str, ExpertEntry],
-        router: RouterEntry,
-        files: Mapping[str, FileEntry],
-    ) -> None:
-        """Replace the manifest by one with these experts and this router."""
-        active = {name for name, expert in experts.items() if expert.state == "active"}
-        unknown = sorted(set(router.names) - active)
-        if unknown:
-            raise BundleError(
-                f"the router chooses among {unknown}, which are not active experts; fit it anew"
-            )
-        routed = {
-            name: expert.model_copy(update={"routed": name in router.names})
-            for name, expert in experts.items()
-        }
-        updated = manifest.model_copy(update={"experts": routed, "router": router, "files": files})
-        replace_file(self.path / MANIFEST_NAME, updated.model_dump_json(indent=1).encode() + b"\n")
+        Args:
+            name: the expert that was published since, or was not.
+
+        Raises:
+            GenerationConflictError: another expert has changed too, so that the router is another's as well.
+            BundleError: the disk refuses.
+        """
+        with changing(self.path, self.manifest.build_id) as change:
+            now, before = change.manifest, self.manifest
+            if _others(now, name) != _others(before, name):
+                raise GenerationConflictError(
+                    f"expert {name!r} cannot be taken back, since another expert has changed too; retire it"
+                )
+            if (now.experts, now.router) != (before.experts, before.router):
+                change.commit(before.experts, before.router)
+        return Bundle.open(self.path, verify=False)
 
     def _check_router(self) -> None:
         """Raise unless the router and the manifest name the same, active experts."""
@@ -277,10 +258,6 @@ class Bundle:
             )
 
 
-def _check_router_keeps(manifest: Manifest, router: Router | None) -> None:
-    """Refuse a router that was fitted before another registration and would undo it."""
-    lost = sorted(set(manifest.router.names) - set(router.names)) if router else []
-    if lost:
-        raise GenerationConflictError(
-            f"the router does not know {lost}, which are routed; fit it again and retry"
-        )
+def _others(manifest: Manifest, name: str) -> dict[str, ExpertEntry]:
+    """Every expert but one."""
+    return {other: entry for other, entry in manifest.experts.items() if other != name}

@@ -101,9 +101,14 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def add_folder(root: Path, folder: str, fill: Callable[[Path], None]) -> dict[str, FileEntry]:
-    """Fill a new folder under a hidden name, flush it, rename it to `folder`; returns its files' digests."""
+    """Fill a new folder under a hidden name, flush it, rename it to `folder`; returns its files' digests.
+
+    The caller holds the bundle's lock, so that other hidden folders here are what killed processes left.
+    """
     target = root / folder
     target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in [child for child in target.parent.iterdir() if child.name.startswith(".")]:
+        shutil.rmtree(stale, ignore_errors=True)
     scratch = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     scratch.mkdir()
     try:

@@ -8,21 +8,19 @@ from rich.text import Text
 
 from experts.bundle import Bundle
 from experts.bundle_manifest import ExpertSummary
-from experts.routing import MlpRouter
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     """The manifest, and how the router did, as plain JSON-able data."""
     facts = bundle.manifest.model_dump(mode="json")
     router = bundle.router()
-    if isinstance(router, MlpRouter):
+    if router is not None:
         facts["router"] |= {
             "kind": router.kind,
             "features": router.spec.model_dump(),
             "top_k": router.top_k,
             "threshold": router.threshold,
-            "temperature": router.temperature,
-            "fit": router.record.model_dump(mode="json"),
+            **router.describe(),
         }
     return facts
 
@@ -100,11 +98,12 @@ def _ranks(summary: ExpertSummary) -> str:
 
 def _router(bundle: Bundle) -> str:
     router = bundle.router()
-    if not isinstance(router, MlpRouter):
+    if router is None:
         return "none; requests name their experts"
-    record = router.record
-    return (
-        f"{router.kind}, generation {router.generation}, {len(router.names)} experts, "
-        f"validation accuracy {100 * record.validation_accuracy:.1f} % of {record.validation_features}, "
-        f"temperature {router.temperature:.3f}, top_k={router.top_k}, threshold={router.threshold:g}"
-    )
+    told = {"top_k": router.top_k, "threshold": router.threshold, **router.describe()}
+    plain = [f"{key}={_plain(value)}" for key, value in told.items() if isinstance(value, str | int | float)]
+    return ", ".join([f"{router.kind}, generation {router.generation}, {len(router.names)} experts", *plain])
+
+
+def _plain(value: str | float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -28,7 +28,7 @@ class SamplingParams:
         repetition_penalty: > 0, over prompt and generated tokens (CTRL, arXiv 1909.05858); 1 is off.
         frequency_penalty: subtracted once per generated occurrence (OpenAI).
         presence_penalty: subtracted once if generated at all (OpenAI).
-        seed: makes the request's own random stream reproducible; None draws a fresh one.
+        seed: >= 0, makes the request's own random stream reproducible; None draws a fresh one.
         stop: strings that end the text; not part of the answer.
         stop_token_ids: token ids that end it.
         ignore_eos: go on past the model's end-of-sequence tokens.

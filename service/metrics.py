@@ -47,13 +47,17 @@ class _Gauge:
     read: Callable[[EngineGauges], float]
 
 
+def _share(used: int, total: int) -> float:
+    return used / total if total else 0.0
+
+
 _GAUGES = (
     _Gauge("num_requests_running", "Sequences that hold a KV row.", lambda g: g.running),
     _Gauge("num_requests_waiting", "Sequences that wait to be admitted.", lambda g: g.waiting),
     _Gauge(
         "kv_cache_usage_perc",
-        "Used share of the KV cache; 1 is full.",
-        lambda g: g.kv_tokens_used / g.kv_tokens_total if g.kv_tokens_total else 0.0,
+        "Used share of the KV cache, of its rows or of its tokens, whichever is larger; 1 is full.",
+        lambda g: max(_share(g.kv_rows_used, g.kv_rows_total), _share(g.kv_tokens_used, g.kv_tokens_total)),
     ),
     _Gauge("kv_rows_used", "KV rows in use.", lambda g: g.kv_rows_used),
     _Gauge("kv_rows", "KV rows in all.", lambda g: g.kv_rows_total),
@@ -142,7 +146,9 @@ class Metrics:
         self._batch = self._histogram("step_decode_rows", "Sequences that decode in one step.", _COUNTS)
         self._rebuilds = self._counter("working_set_rebuilds", "Times the packed factors changed.")
         self._routed = self._counter("routed_requests", "Sequences whose gates the router chose.")
-        self._route_step = self._histogram("router_batch_seconds", "A step that carried prompts for the router.", _ROUTER)
+        self._route_step = self._histogram(
+            "router_batch_seconds", "A step that carried prompts for the router.", _ROUTER
+        )
 
     def _make_http_metrics(self) -> None:
         labels = ("method", "route", "status")

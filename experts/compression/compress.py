@@ -55,8 +55,8 @@ def compress(
         Factors and vectors in stream order; a parameter whose v_t is zero is only in the report.
 
     Raises:
-        CompressionError: NaN or Inf, a name twice, a tensor that cannot be kept as asked, or a budget too
-            small; names the tensor.
+        CompressionError: NaN or Inf, a name twice, a changed tensor that is neither matrix nor vector (fused
+            expert weights, say), or a budget too small; names the tensor.
     """
     work = _Work(spec)
     for name, delta in deltas:
@@ -87,7 +87,13 @@ class _Work:
         if name in self._reports:
             raise CompressionError(f"{name} comes twice in one exclusive vector")
         require_finite(delta, name)
-        if kind != "linear" and self._spec.extras == "fold":
+        if kind == "other" and frobenius(delta):
+            raise CompressionError(
+                f"{name} was changed and has shape {list(delta.shape)}: only matrices, vectors, embeddings and "
+                "heads can differ between experts; fine-tune without it (freeze it, or leave it out of a "
+                "LoRA's targets)"
+            )
+        if kind == "other" or (kind != "linear" and self._spec.extras == "fold"):
             norm = frobenius(delta)
             self._reports[name] = TensorReport(
                 name=name,
@@ -100,11 +106,6 @@ class _Work:
             )
         elif kind == "vector":
             self._keep_vector(name, dense(delta))
-        elif kind == "other":
-            raise CompressionError(
-                f"{name} has shape {list(delta.shape)}, neither a vector nor a matrix, and cannot be kept "
-                'exactly; use extras="fold"'
-            )
         else:
             whole = decompose(delta, name)
             if self._budget is not None:

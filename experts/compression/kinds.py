@@ -5,7 +5,8 @@ from typing import Literal
 from experts.checkpoint.names import HEADS, POSITION_EMBEDDINGS, TOKEN_EMBEDDINGS, module_name
 
 TensorKind = Literal["linear", "embedding", "head", "vector", "other"]
-"""vector: biases and norms. other: what is neither a vector nor a matrix, such as fused expert weights."""
+"""vector: biases and norms. other: what is neither a vector nor a matrix, such as fused expert
+weights; no expert can change it."""
 
 
 def tensor_kind(name: str, shape: tuple[int, ...]) -> TensorKind:

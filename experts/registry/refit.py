@@ -1,4 +1,4 @@
-"""A new expert's prompts + the features that the router kept → a router that knows all of them."""
+"""A new expert's prompts + what the router kept of the others' → a router that knows all of them."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from experts.bundle import Bundle
 from experts.errors import RoutingError
-from experts.routing import MlpRouter, extract_features, render_prompts
+from experts.routing import Router, extract_features, render_prompts
 from experts.routing.loading import load_model, load_tokenizer
 
 MIN_PROMPTS = 8
@@ -17,11 +17,11 @@ _VALIDATION_EVERY = 5
 
 def refit_router(
     bundle: Bundle, name: str, features: Tensor, *, forms: int = 1, replace: bool = False, seed: int = 0
-) -> MlpRouter:
-    """Fit the bundle's kind of router anew, with one more expert or with one expert's profile replaced.
+) -> Router:
+    """Refit the bundle's router, of whatever kind, with one more expert or with one expert's profile replaced.
 
-    Old experts are represented by the features that the current router kept, so their prompts are not
-    needed. Every fifth prompt of the new expert is held out for validation.
+    The current router kept what it needs of the old experts, so their prompts are not needed. Every fifth
+    prompt of the new expert is held out for validation.
 
     Args:
         bundle: the family; it must have a router.
@@ -37,8 +37,8 @@ def refit_router(
             features of another width.
     """
     router = bundle.router()
-    if not isinstance(router, MlpRouter):
-        raise RoutingError(f"{bundle.path} has no router that can be refitted; build it with --router mlp")
+    if router is None:
+        raise RoutingError(f"{bundle.path} has no router; build it with --router mlp")
     if name in router.names and not replace:
         raise RoutingError(f"the router already knows expert {name!r}")
     if features.dim() != 2 or features.shape[0] % forms or features.shape[0] < MIN_PROMPTS * forms:
@@ -46,14 +46,8 @@ def refit_router(
             f"features of shape {tuple(features.shape)} for {name!r}; give at least {MIN_PROMPTS} prompts "
             f"in {forms} form(s) each"
         )
-    profiles = {other: router.profile(other) for other in router.names if other != name}
-    training = {other: profile[0] for other, profile in profiles.items()}
-    validation = {other: profile[1] for other, profile in profiles.items()}
     held_out = torch.arange(features.shape[0]) // forms % _VALIDATION_EVERY == _VALIDATION_EVERY - 1
-    training[name], validation[name] = features[~held_out], features[held_out]
-    return MlpRouter.fit(
-        training, validation, router.spec, top_k=router.top_k, threshold=router.threshold, seed=seed
-    )
+    return router.refitted(name, features[~held_out], features[held_out], seed)
 
 
 def profile_prompts(bundle: Bundle, prompts: Sequence[str]) -> tuple[Tensor, int]:

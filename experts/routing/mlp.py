@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -191,6 +191,26 @@ class MlpRouter:
     def at_generation(self, generation: int) -> "MlpRouter":
         """See `Router.at_generation`."""
         return replace(self, generation=generation)
+
+    def refitted(self, name: str, training: Tensor, validation: Tensor, seed: int) -> "MlpRouter":
+        """See `Router.refitted`: a fit from scratch on these features and the others' profiles."""
+        profiles = {other: self.profile(other) for other in self.names if other != name}
+        return MlpRouter.fit(
+            {other: kept for other, (kept, _) in profiles.items()} | {name: training},
+            {other: held_out for other, (_, held_out) in profiles.items()} | {name: validation},
+            self.spec,
+            top_k=self.top_k,
+            threshold=self.threshold,
+            seed=seed,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """See `Router.describe`."""
+        return {
+            "validation_accuracy": self.record.validation_accuracy,
+            "temperature": self.temperature,
+            "fit": self.record.model_dump(mode="json"),
+        }
 
     def profile(self, name: str) -> tuple[Tensor, Tensor]:
         """Kept training and validation features of an expert, float32 (n, d), in the original scale."""

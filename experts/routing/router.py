@@ -1,29 +1,33 @@
-"""What a router is, and how one is read back from a bundle."""
+"""What a router is. `kinds.py` finds the code of one that a bundle holds."""
 
-import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from experts.errors import RoutingError
-
-if TYPE_CHECKING:
-    from experts.routing.features import FeatureSpec
+from experts.routing.features import FeatureSpec
 
 CONFIG_NAME = "router.json"
 WEIGHTS_NAME = "router.safetensors"
 
 
 class Router(Protocol):
-    """Features of a prompt → a probability for every expert. Immutable; safe to share between threads."""
+    """Features of a prompt → a probability for every expert. Immutable; safe to share between threads.
+
+    A kind of your own is a class with these members, and a loader that `kinds.py` can find.
+    """
+
+    @property
+    def kind(self) -> str:
+        """The name of its kind: `save` writes it as "kind" into router.json, and `load_router` goes by it."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Experts it chooses among, in column order."""
 
     @property
-    def spec(self) -> "FeatureSpec":
+    def spec(self) -> FeatureSpec:
         """The features it was fitted on."""
 
     @property
@@ -48,28 +52,36 @@ class Router(Protocol):
     def without(self, name: str) -> "Router | None":
         """The same router choosing among the other experts; None when no other is left."""
 
+    def refitted(self, name: str, training: Tensor, validation: Tensor, seed: int) -> "Router":
+        """A router of this kind that knows one more expert, or knows one anew.
+
+        The other experts' prompts are gone, so a router has to keep what a refit needs of them.
+
+        Args:
+            name: the expert.
+            training, validation: (n, d) float32 features of its prompts, no prompt in both.
+            seed: of whatever is random; the same one gives the same router.
+
+        Raises:
+            RoutingError: the features cannot be used: too few, another width, NaN or Inf.
+        """
+
+    def describe(self) -> Mapping[str, Any]:
+        """What `twinserve inspect` should tell beyond the members above, JSON-able.
+
+        Strings and numbers at the top level are shown in its table too, so they should be few.
+        """
+
     def at_generation(self, generation: int) -> "Router":
         """The same router under a new generation number."""
 
     def save(self, folder: Path) -> None:
-        """Write router.safetensors and router.json into an existing empty folder."""
+        """Write router.safetensors and router.json, both, into an existing empty folder."""
 
 
-def load_router(folder: Path) -> Router:
-    """Read a router of any kind that `save` wrote.
-
-    Raises:
-        RoutingError: a file is missing or malformed, or the kind is unknown to this version.
-    """
-    from experts.routing.mlp import MlpRouter
-
-    path = folder / CONFIG_NAME
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError) as error:
-        raise RoutingError(
-            f"{path}: not a readable router description ({error}); restore the file"
-        ) from error
-    if kind != MlpRouter.kind:
-        raise RoutingError(f"{path}: router kind {kind!r} is unknown; this version reads {MlpRouter.kind!r}")
-    return MlpRouter.load(folder)
+def among(router: Router | None, names: Collection[str]) -> Router | None:
+    """The router choosing among these experts only; None when that leaves it none."""
+    for name in router.names if router is not None else ():
+        if router is not None and name not in names:
+            router = router.without(name)
+    return router

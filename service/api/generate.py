@@ -10,7 +10,7 @@ from fastapi import Request, Response
 
 from service.api.backend import Backend
 from service.api.generation import Batch, Completed, Piece, while_connected
-from service.api.plan import Plan
+from service.api.plan import Plan, named_by
 from service.api.sse import EventStream
 from service.api.wire.answers import (
     ChatChoice,
@@ -216,7 +216,8 @@ async def answer(
     under_way = _Answering(
         id=f"{shape.prefix}-{uuid.uuid4().hex}", created=int(time.time()), body=body, plan=plan, shape=shape
     )
-    batch = Batch.admit(backend, plan.requests(under_way.id))
+    with named_by(body.model, body.gates):
+        batch = Batch.admit(backend, plan.requests(under_way.id))
     try:
         if not body.stream:
             choices = await while_connected(request, batch.collect())

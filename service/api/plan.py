@@ -1,6 +1,7 @@
 """Wire model → domain: which experts, which sampling, within the operator's limits. Pure, no waiting."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from service.api.backend import Backend
@@ -21,7 +22,8 @@ SHARED = "shared"
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's `max_tokens` of a completion that names none."""
 
-_SEEDS = 2**63
+_SEEDS = 2**64
+"""Seeds of the engine lie below it: as many as there are 64-bit integers on the wire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,7 @@ def _reseeded(sampling: SamplingParams, choice: int) -> SamplingParams:
     """Choices of one prompt must differ, and the first must equal the same request with n = 1."""
     if sampling.seed is None or choice == 0:
         return sampling
-    seed = (sampling.seed + choice + _SEEDS) % (2 * _SEEDS) - _SEEDS
-    return replace(sampling, seed=seed)
+    return replace(sampling, seed=(sampling.seed + choice) % _SEEDS)
 
 
 def choose_routing(
@@ -91,9 +92,7 @@ def choose_routing(
     experts = {status.name for status in backend.experts() if status.state == "active"}
     routed = model == backend.bundle_name
     if not routed and model != SHARED and model not in experts:
-        raise ModelNotFoundError(
-            f"The model {model!r} does not exist; GET /v1/models lists the names.", param="model"
-        )
+        raise _no_model(model)
     if gates is not None and not routed:
         raise InvalidRequestError(
             f"'gates' mixes experts itself: send it with model {backend.bundle_name!r}, not {model!r}.",
@@ -112,6 +111,28 @@ def choose_routing(
             top_k=options.top_k if options else None, threshold=options.threshold if options else None
         )
     return RoutingChoice(gates={} if model == SHARED else {model: 1.0})
+
+
+@contextlib.contextmanager
+def named_by(model: str, gates: Mapping[str, float] | None) -> Iterator[None]:
+    """Where experts are leased: one that was retired since `choose_routing` is missed under its own field.
+
+    Raises:
+        ModelNotFoundError: `model` named it.
+        UnknownExpertError: a gate named it.
+    """
+    try:
+        yield
+    except UnknownExpertError as error:
+        if gates is not None:
+            raise
+        raise _no_model(model) from error
+
+
+def _no_model(model: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"The model {model!r} does not exist; GET /v1/models lists the names.", param="model"
+    )
 
 
 def _check_gates(gates: dict[str, float], experts: set[str], max_gate: float) -> None:
@@ -216,7 +237,8 @@ def _sampling(body: SamplingBody, max_tokens: int) -> SamplingParams:
         repetition_penalty=body.repetition_penalty,
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
-        seed=body.seed,
+        # One to one; a generator that is seeded with -1 and with 1 would give the same stream.
+        seed=None if body.seed is None else body.seed % _SEEDS,
         stop=body.stop,
         stop_token_ids=frozenset(body.stop_token_ids),
         ignore_eos=body.ignore_eos,

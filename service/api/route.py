@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.backend import Backend
 from service.api.generation import while_connected
-from service.api.plan import choose_routing
+from service.api.plan import choose_routing, named_by
 from service.api.prompts import PromptEncoder
 from service.api.wire.answers import RouteAnswer, RouteChoice, RoutingAnswer
 from service.api.wire.routing import RouteBody
@@ -32,7 +32,8 @@ def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder:
         param = "messages" if body.prompt is None else "prompt"
         _at_most(len(body.prompt or body.messages or ()), settings.max_prompts, param, "max_prompts")
         prompts = await encode(body)
-        outcomes = await while_connected(request, backend.route(prompts, choice))
+        with named_by(model, None):
+            outcomes = await while_connected(request, backend.route(prompts, choice))
         tokens = sum(len(prompt) for prompt in prompts)
         answer = RouteAnswer(
             model=model,

@@ -1,17 +1,23 @@
 """From a bundle on disk to a running runtime."""
 
+import logging
+
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from experts.bundle import Bundle
+from experts.routing import among
 from service.engine.engine import Engine
 from service.engine.model import SharedModel
 from service.engine.routing import Dispatcher, RoutingDefaults
+from service.errors import ExpertRejectedError
 from service.runtime.config import RuntimeConfig
 from service.runtime.runtime import Runtime
 from service.runtime.thread import StatsSink
 from service.scheduler.catalogue import Catalogue
 from service.scheduler.scheduler import Budget, Scheduler
+
+_log = logging.getLogger(__name__)
 
 _LONGEST_DEFAULT = 4096
 """Context where neither the model nor the settings ask for less."""
@@ -20,8 +26,10 @@ _LONGEST_DEFAULT = 4096
 def open_runtime(bundle: Bundle, config: RuntimeConfig, stats: StatsSink | None = None) -> Runtime:
     """Load a bundle's shared expert, experts and router, and start the engine thread. Blocks.
 
+    An expert that the model cannot serve (in this dtype, say) is logged and left out: the others are served.
+
     Raises:
-        ExpertRejectedError: the shared model or an expert cannot be served exactly.
+        ExpertRejectedError: the shared model cannot be served exactly.
         BundleError: a file of the bundle is broken.
     """
     router = bundle.router()
@@ -37,20 +45,34 @@ def open_runtime(bundle: Bundle, config: RuntimeConfig, stats: StatsSink | None 
         spec=router.spec if router is not None else None,
         pack_base=config.pack_base,
     )
-    catalogue = Catalogue()
-    for name in bundle.expert_names():
-        resident = model.bank.prepare(bundle.expert(name))
-        model.bank.add(resident)
-        catalogue.publish(resident.key)
+    catalogue = _served(bundle, model)
     end_ids = _end_ids(model, tokenizer)
     engine = Engine(
         model,
         Scheduler(config.max_batch, Budget(config.prefill_step_tokens, config.prefill_chunk_tokens)),
-        Dispatcher(catalogue, router, RoutingDefaults(config.router_top_k, config.router_threshold)),
+        Dispatcher(
+            catalogue,
+            among(router, catalogue.current()),
+            RoutingDefaults(config.router_top_k, config.router_threshold),
+        ),
         tokenizer.backend_tokenizer,
         end_ids,
     )
     return Runtime(engine, tokenizer, bundle.manifest.name, end_ids, config, stats)
+
+
+def _served(bundle: Bundle, model: SharedModel) -> Catalogue:
+    """Every expert that the model takes, in its bank and in the catalogue."""
+    catalogue = Catalogue()
+    for name in bundle.expert_names():
+        try:
+            resident = model.bank.prepare(bundle.expert(name))
+        except ExpertRejectedError as error:
+            _log.error("expert %s is not served: %s", name, error)
+            continue
+        model.bank.add(resident)
+        catalogue.publish(resident.key)
+    return catalogue
 
 
 def _device(name: str) -> str:

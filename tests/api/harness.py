@@ -64,7 +64,7 @@ class Served:
 @contextlib.contextmanager
 def serving(bundle: Path, **options: Any) -> Iterator[Served]:
     """Serve a bundle until the block ends; it must then stop by itself."""
-    settings = Settings(bundle=bundle, port=0, dtype="float32", threads=1, **options)
+    settings = Settings(bundle=bundle, port=0, **{"dtype": "float32", "threads": 1, **options})
     ready = threading.Event()
     urls: list[str] = []
 

@@ -112,7 +112,8 @@ def test_a_seed_makes_sampling_repeatable(server: Served) -> None:
         return str(server.complete(seed=seed, max_tokens=12, top_k=40, top_p=0.95)["choices"][0]["text"])
 
     assert text(3) == text(3)
-    assert text(3) != text(4)
+    assert text(-3) == text(-3)
+    assert len({text(seed) for seed in (3, 4, -3, -(2**63), 2**63 - 1)}) == 5
 
 
 def test_a_stop_string_ends_the_text_and_is_not_part_of_it(server: Served) -> None:

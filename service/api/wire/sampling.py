@@ -3,11 +3,14 @@
 import math
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, PlainValidator, StringConstraints, WithJsonSchema
+from pydantic import AfterValidator, Field, PlainValidator, StringConstraints, WithJsonSchema
 
 from service.api.wire.base import Neutral, WireModel
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+_COLDEST = 1e-5
+"""vLLM's too: below it a division would give nothing that greedy decoding does not."""
 
 SHARED_NEUTRAL: Neutral = {
     "best_of": (1,),
@@ -80,6 +83,13 @@ def _gates(value: Any) -> dict[str, float]:
     return gates
 
 
+def _temperature(value: float) -> float:
+    """0, or large enough to divide logits by."""
+    if 0 < value < _COLDEST:
+        raise ValueError(f"must be 0, which is greedy, or at least {_COLDEST:g}")
+    return value
+
+
 Stop = Annotated[
     tuple[str, ...],
     PlainValidator(_stop),
@@ -122,11 +132,11 @@ class SamplingBody(WireModel):
     n: int = Field(default=1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float = Field(default=1.0, ge=0, le=2)
+    temperature: Annotated[float, AfterValidator(_temperature)] = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1, description="0 or -1 keeps all")
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=10)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)

@@ -216,3 +216,45 @@ def test_impossible_refits_are_refused(bundle):
         refit_router(bundle, "delta", torch.zeros(14, 128), forms=2)
     with pytest.raises(RoutingError, match="different widths"):
         refit_router(bundle, "delta", torch.zeros(16, 64))
+
+
+def test_a_publication_can_be_taken_back_with_its_router(bundle, compressed, source, tmp_path):
+    features, forms = features_of(bundle, tmp_path)
+    router = refit_router(bundle, "delta", features, forms=forms)
+    published = bundle.publish_expert(compressed, "delta", router, None, source)
+    assert published.router().generation == 2
+    reverted = bundle.revert_expert("delta")
+    assert reverted.manifest.experts == bundle.manifest.experts
+    assert reverted.router().generation == 1
+    again = reverted.publish_expert(compressed, "delta", None, None, source)
+    assert again.entry("delta").generation == 2
+
+
+def test_a_replacement_that_is_taken_back_leaves_the_old_generation_current(bundle, compressed, source):
+    bundle.publish_expert(compressed, "alpha", None, 1, source)
+    reverted = bundle.revert_expert("alpha")
+    assert reverted.expert("alpha").generation == 1
+    assert reverted.publish_expert(compressed, "alpha", None, 1, source).expert("alpha").generation == 3
+
+
+def test_taking_back_what_was_never_published_changes_nothing(bundle):
+    manifest = (bundle.path / "manifest.json").read_bytes()
+    assert bundle.revert_expert("delta").manifest == bundle.manifest
+    assert bundle.revert_expert("alpha").manifest == bundle.manifest
+    assert (bundle.path / "manifest.json").read_bytes() == manifest
+
+
+def test_taking_back_never_undoes_another_experts_change(bundle, compressed, source):
+    bundle.publish_expert(compressed, "delta", None, None, source)
+    Bundle.open(bundle.path).retire_expert("beta")
+    with pytest.raises(GenerationConflictError, match="another expert has changed"):
+        bundle.revert_expert("delta")
+    assert Bundle.open(bundle.path).expert_names() == ("alpha", "delta", "gamma")
+
+
+def test_what_a_killed_publisher_left_half_written_is_removed_by_the_next(bundle, compressed, source):
+    stale = bundle.path / "experts" / "delta" / ".1.0123abcd"
+    stale.mkdir(parents=True)
+    (stale / "expert.safetensors").write_bytes(b"half")
+    assert bundle.publish_expert(compressed, "delta", None, None, source).entry("delta").generation == 1
+    assert [child.name for child in stale.parent.iterdir()] == ["1"]

@@ -189,7 +189,9 @@ def test_a_changed_tensor_that_no_expert_can_have_is_refused_and_never_dropped(
 ) -> None:
     name = "model.layers.0.mlp.experts.gate_up_proj"
     spec = CompressionSpec(rank=1, extras=extras)
-    with pytest.raises(CompressionError, match=rf"{name} was changed and has shape \{list(shape)}.*freeze it"):
+    with pytest.raises(
+        CompressionError, match=rf"{name} was changed and has shape \{list(shape)}.*freeze it"
+    ):
         compress([(name, torch.ones(shape))], spec)
     unchanged = compress([(name, torch.zeros(shape))], spec)
     assert (unchanged.nbytes, unchanged.report.folded_fraction) == (0, 0)

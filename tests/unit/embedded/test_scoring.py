@@ -2,7 +2,7 @@
 
 import pytest
 
-from experts.evaluation.scoring import edit_distance, exact, phonemes, score, summarise
+from experts.evaluation.scoring import edit_distance, exact, score, summarise, tokens
 
 
 def test_exact_match_ignores_outer_space_only() -> None:
@@ -18,9 +18,9 @@ def test_edit_distance_by_hand(left: str, right: str, distance: int) -> None:
     assert edit_distance(left.split(), right.split()) == distance
 
 
-def test_phoneme_score_is_one_minus_error_rate_and_never_negative() -> None:
-    assert phonemes("K AE", "K AE T") == pytest.approx(2 / 3)
-    assert phonemes("a b c d e f g h", "K AE T") == 0.0
+def test_token_score_is_one_minus_error_rate_and_never_negative() -> None:
+    assert tokens("K AE", "K AE T") == pytest.approx(2 / 3)
+    assert tokens("a b c d e f g h", "K AE T") == 0.0
 
 
 def test_standard_error_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from experts.bundle import Bundle
 from service.api.app import create_app
-from service.core import Event, Failed, GenerationRequest, TextDelta
-from service.errors import QueueFullError, RequestFailedError
+from service.core import Event, Failed, GenerationRequest, RoutingChoice, RoutingOutcome, TextDelta
+from service.errors import QueueFullError, RequestFailedError, UnknownExpertError
 from service.metrics import Metrics
 from service.registrar import LiveExperts, Registrar
 from service.settings import Settings
@@ -153,8 +154,54 @@ def test_choices_of_one_prompt_get_seeds_of_their_own_and_the_first_keeps_the_gi
     backend = ScriptedBackend()
     call(backend, {**BODY, "n": 3, "seed": 2**63 - 1, "prompt": ["ab", "cd"]})
     seeds = [request.sampling.seed for request in backend.requests]
-    assert seeds == [2**63 - 1, -(2**63), -(2**63) + 1] * 2
+    assert seeds == [2**63 - 1, 2**63, 2**63 + 1] * 2
     assert len({request.id for request in backend.requests}) == 6
+
+
+def test_every_seed_of_64_bits_is_a_stream_of_its_own() -> None:
+    backend = ScriptedBackend()
+    asked = (0, 1, -1, 7, -7, 2**63 - 1, -(2**63))
+    for seed in asked:
+        call(backend, {**BODY, "seed": seed})
+    draws = {random.Random(request.sampling.seed).random() for request in backend.requests}
+    assert len(draws) == len(asked)
+    assert all(request.sampling.seed is not None for request in backend.requests)
+    wrapping = ScriptedBackend()
+    call(wrapping, {**BODY, "seed": -1, "n": 3})
+    assert [request.sampling.seed for request in wrapping.requests] == [2**64 - 1, 0, 1]
+
+
+def gone(request: GenerationRequest) -> Sequence[Event | float | Exception]:
+    raise UnknownExpertError("no expert named 'alpha'", param="gates.alpha")
+
+
+def test_an_expert_that_is_retired_while_its_prompt_is_encoded_is_missed_by_the_name_it_was_asked_by() -> (
+    None
+):
+    by_model = call(ScriptedBackend(gone), {**BODY, "model": "alpha"})
+    assert by_model.status_code == 404
+    assert (by_model.json()["error"]["code"], by_model.json()["error"]["param"]) == (
+        "model_not_found",
+        "model",
+    )
+    by_gate = call(ScriptedBackend(gone), {**BODY, "gates": {"alpha": 1}})
+    assert by_gate.status_code == 400
+    assert (by_gate.json()["error"]["code"], by_gate.json()["error"]["param"]) == (
+        "unknown_expert",
+        "gates.alpha",
+    )
+
+
+def test_an_expert_that_is_retired_under_a_question_is_a_model_that_does_not_exist() -> None:
+    class Retiring(ScriptedBackend):
+        async def route(
+            self, prompts: Sequence[tuple[int, ...]], choice: RoutingChoice
+        ) -> Sequence[RoutingOutcome]:
+            raise UnknownExpertError("no expert named 'alpha'", param="gates.alpha")
+
+    answer = call(Retiring(), {"model": "alpha", "prompt": "a"}, "/v1/route")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
 
 
 def test_sampling_fields_reach_the_engine_as_written() -> None:

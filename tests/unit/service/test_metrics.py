@@ -84,6 +84,13 @@ def test_gauges_are_read_when_scraped() -> None:
     assert value(metrics, "experts_resident") == 4
 
 
+def test_the_cache_is_full_when_either_its_rows_or_its_tokens_are() -> None:
+    for rows, tokens, share in ((8, 25, 1.0), (1, 100, 1.0), (2, 90, 0.9), (4, 10, 0.5)):
+        metrics = made()
+        metrics.watch(lambda rows=rows, tokens=tokens: EngineGauges(1, 0, rows, 8, tokens, 100, 3, 4, True))
+        assert value(metrics, "kv_cache_usage_perc") == share
+
+
 def test_an_empty_cache_is_not_a_division_by_zero() -> None:
     metrics = made()
     metrics.watch(lambda: EngineGauges(0, 0, 0, 0, 0, 0, 0, 0, False))

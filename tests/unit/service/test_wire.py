@@ -53,6 +53,13 @@ def test_every_neutral_value_passes_and_false_is_not_zero(
                 model.model_validate({**least, name: 0})
 
 
+@pytest.mark.parametrize("temperature", [0, 0.0, 1e-5, 2])
+def test_a_temperature_is_zero_or_large_enough_to_divide_by(temperature: float) -> None:
+    assert CompletionBody.model_validate({"model": "m", "prompt": "p", "temperature": temperature})
+    with pytest.raises(ValidationError, match="must be 0, which is greedy, or at least 1e-05"):
+        CompletionBody.model_validate({"model": "m", "prompt": "p", "temperature": 9.9e-6})
+
+
 def test_text_parts_are_joined_by_newlines() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = ChatBody.model_validate({"model": "m", "messages": [{"role": "user", "content": parts}]})

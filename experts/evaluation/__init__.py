@@ -1,0 +1,1 @@
+"""Scoring and tables: how good is a merge, an expert, a router."""
