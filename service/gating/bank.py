@@ -19,6 +19,9 @@ _FINE_WORK = 4096
 """Tokens × factor rows up to which float32 factors beat bfloat16 ones on a CPU: small bfloat16 products
 have a floor of about 20 µs, small float32 ones of 2 µs."""
 
+_FINE_ROWS = 96
+"""Factor rows up to which they do: beyond, reading twice the bytes costs more than the floor."""
+
 
 @dataclass(frozen=True, slots=True)
 class GatePlan:
@@ -125,7 +128,8 @@ class ExpertBank:
         return table.to(self.device)
 
     def _gate_tensors(self, table: Tensor, tokens: Sequence[int]) -> GateTensors:
-        fine = self._fine and sum(tokens) * self._working.most_rows <= _FINE_WORK
+        rows = self._working.most_rows
+        fine = self._fine and rows <= _FINE_ROWS and sum(tokens) * rows <= _FINE_WORK
         of_token = torch.repeat_interleave(torch.tensor(tokens, device=self.device))
         wide = [self._working.spread(table, layout) for layout in self._working.layouts]
         dtype = torch.float32 if fine else self.dtype

@@ -1,9 +1,10 @@
 """The packed factors of the experts that are active in a step.
 
 Experts stand in the buffers as segments, one after the other, each with its own rank (no padding).
-A newly active expert is appended; one that falls idle keeps its segment, gated by zero, until idle rows
-outweigh the active ones, and then everything is packed anew. So a batch whose experts come and go
-copies a few rows per change, not the whole set.
+A newly active expert is appended; one that falls idle keeps its segment, gated by zero. When idle rows
+outweigh the active ones, everything is packed anew: at once if something must be copied anyway, else
+after they did so for some steps. So a batch whose experts come and go copies a few rows per change, not
+the whole set, and a batch that settles does not go on multiplying by zeros.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from service.core import ExpertKey
 from service.gating.resident import MatrixFactors, ResidentExpert
+
+
+_PATIENCE = 8
+"""Steps in which idle rows may outweigh the active ones before a settled set is packed anew."""
 
 
 class PackedFactors:
@@ -148,15 +153,18 @@ class WorkingSet:
         self.vectors = {name: VectorBuffer() for name in vectors}
         self.segments: list[ExpertKey] = []
         self.layouts: list[tuple[int, ...]] = []
+        self._mostly_idle = 0
 
     def ensure(self, active: Iterable[ExpertKey], resident: Mapping[ExpertKey, ResidentExpert]) -> Change:
         """Make every active expert a segment. KeyError if one is not resident: a lease was broken."""
         wanted = set(active)
         missing = sorted(wanted.difference(self.segments))
-        if not missing:
-            return Change(0, repacked=False)
         idle = [key for key in self.segments if key not in wanted]
-        if self._rows(idle, resident) > self._rows(wanted, resident):
+        outweighed = bool(idle) and self._rows(idle, resident) > self._rows(wanted, resident)
+        self._mostly_idle = self._mostly_idle + 1 if outweighed else 0
+        if not missing and self._mostly_idle < _PATIENCE:
+            return Change(0, repacked=False)
+        if outweighed:
             self.clear()
             missing = sorted(wanted)
         repacked = not self.segments
@@ -172,6 +180,7 @@ class WorkingSet:
     def clear(self, *, release: bool = False) -> None:
         """Drop every segment, and its memory too if it is released; the next `ensure` packs anew."""
         self.segments = []
+        self._mostly_idle = 0
         for matrix in self.matrices.values():
             matrix.clear(release=release)
         for vector in self.vectors.values():

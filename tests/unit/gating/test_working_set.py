@@ -63,6 +63,16 @@ def test_idle_experts_are_dropped_once_they_outweigh_the_active_ones():
     assert working.segments == [experts[3].key]
 
 
+def test_a_settled_set_stops_carrying_idle_experts_after_some_steps():
+    experts = [_expert(i) for i in range(3)]
+    working, resident = _set(*experts)
+    working.ensure(resident, resident)
+    changes = [working.ensure([experts[1].key], resident).repacked for _ in range(20)]
+    assert changes.count(True) == 1
+    assert not changes[0]
+    assert working.segments == [experts[1].key]
+
+
 def test_an_expert_that_is_not_resident_is_a_broken_lease():
     working, _ = _set()
     with pytest.raises(KeyError):
