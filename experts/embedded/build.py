@@ -28,8 +28,8 @@ class EmbeddedRecipe:
     """
 
     name: str = "embedded"
-    scale: float = 0.3
-    rank: int = 16
+    scale: float = 0.2
+    rank: int = 8
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     max_prompts: int = 200
     top_k: int = 2

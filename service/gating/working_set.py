@@ -16,7 +16,6 @@ from torch import Tensor
 from service.core import ExpertKey
 from service.gating.resident import MatrixFactors, ResidentExpert
 
-
 _PATIENCE = 8
 """Steps in which idle rows may outweigh the active ones before a settled set is packed anew."""
 
