@@ -37,6 +37,7 @@ from service.errors import (
     ShuttingDownError,
     TwinserveError,
 )
+from service.gating.resident import ResidentExpert
 from service.runtime.config import RuntimeConfig
 from service.runtime.generation import Generation
 from service.runtime.thread import Command, EngineThread, StatsSink
@@ -177,7 +178,7 @@ class Runtime:
         Raises:
             ExpertRejectedError: the expert does not fit the model; nothing has changed then.
         """
-        resident = await asyncio.to_thread(self._engine.model.bank.prepare, expert)
+        resident = await asyncio.to_thread(self._prepare, expert)
 
         def switch(_: StepResult) -> None:
             self._engine.publish(resident)
@@ -235,6 +236,11 @@ class Runtime:
         """End the engine thread; live requests get an error. Blocks until it has ended."""
         self._draining = True
         self._thread.close()
+
+    def _prepare(self, expert: ExpertWeights) -> ResidentExpert:
+        """On a worker thread, with one torch thread: see `open_runtime`."""
+        torch.set_num_threads(1)
+        return self._engine.model.bank.prepare(expert)
 
     # -- event loop side ----------------------------------------------------------------------------
 
