@@ -1,5 +1,6 @@
 """`twinserve embedded …`: retrain and measure the default family from its data packages."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,10 +30,10 @@ def train(
     target: Factors = FACTORS,
     work: Work = WORK,
     only: Annotated[list[str] | None, typer.Option(help="Train these skills only.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps an expert; the recipe's if left out.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of factors and batches.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Steps an expert; those shipped if left out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of factors and batches; the one shipped.")] = None,
 ) -> None:
-    """Train every expert that is not there yet; stop and start again as you like."""
+    """Train every expert that is not there yet, as it is shipped; stop and start again as you like."""
     from rich.progress import (
         MofNCompleteColumn,
         Progress,
@@ -42,9 +43,9 @@ def train(
     )
 
     from experts.embedded.family import family
-    from experts.embedded.train import Recipe, train_family
+    from experts.embedded.train import shipped_recipe, train_family
 
-    recipe = Recipe(steps=steps or Recipe().steps, seed=seed)
+    changes = {key: value for key, value in (("steps", steps), ("seed", seed)) if value is not None}
     skills = [skill for skill in family() if not only or skill.name in only]
     columns = (
         TextColumn("{task.description}"),
@@ -53,8 +54,10 @@ def train(
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:
-        for folder in train_family(skills, target, work, recipe, progress):
-            progress.console.print(f"{folder}")
+        for skill in skills:
+            recipe = replace(shipped_recipe(skill.name), **changes)
+            for folder in train_family([skill], target, work, recipe, progress):
+                progress.console.print(f"{folder}")
 
 
 def prompts(

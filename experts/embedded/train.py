@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from experts.embedded.base import ensure_base
 from experts.embedded.chat import Encoded, encode, shared_prefix
+from experts.embedded.family import factors_folder
 from experts.embedded.lora import LoraLinear, attach, detach, save_adapter
 from experts.embedded.skills.skill import Skill
 
@@ -71,6 +72,14 @@ def train_family(
         for skill in missing:
             train_expert(skill, model, tokenizer, target / skill.name, work, recipe, progress)
     return [target / skill.name for skill in skills]
+
+
+def shipped_recipe(name: str) -> Recipe:
+    """How the committed expert of that name was trained; the default for one that is not committed."""
+    record = factors_folder(name) / "training.json"
+    if not record.is_file():
+        return Recipe()
+    return Recipe(**json.loads(record.read_text(encoding="utf-8")))
 
 
 def finished(folder: Path) -> bool:

@@ -8,8 +8,18 @@ import torch
 from rich.progress import Progress
 
 from experts.embedded.chat import Encoded
+from experts.embedded.family import family
 from experts.embedded.lora import attach, detach, load_adapter, save_adapter
-from experts.embedded.train import IGNORE, Recipe, _optimise, answer_loss, batches, collate, schedule
+from experts.embedded.train import (
+    IGNORE,
+    Recipe,
+    _optimise,
+    answer_loss,
+    batches,
+    collate,
+    schedule,
+    shipped_recipe,
+)
 
 PREFIX = [1, 5, 6]
 DATA = [Encoded(suffix=[7 + i % 5, 3], answer=[20 + i % 5, 2]) for i in range(64)]
@@ -139,3 +149,11 @@ def test_peft_opens_the_saved_folder_and_gives_the_same_logits(tmp_path: Path) -
         detach(model, layers)
         wrapped = peft.PeftModel.from_pretrained(model, tmp_path).eval()
         torch.testing.assert_close(wrapped(ids).logits, tuned, rtol=1e-4, atol=1e-5)
+
+
+def test_every_shipped_expert_says_how_to_train_it_again():
+    for skill in family():
+        recipe = shipped_recipe(skill.name)
+        assert recipe.rank == 4
+        assert recipe.steps in (160, 200)
+    assert shipped_recipe("no-such-skill") == Recipe()
