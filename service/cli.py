@@ -109,7 +109,7 @@ def greeting(url: str, runtime: "Runtime", settings: Settings) -> str:
     """The URL, and one command to try."""
     body: dict[str, Any] = {"model": runtime.bundle_name, "max_tokens": 32}
     if runtime.tokenizer.chat_template:
-        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Hello, who are you?"}]
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Conjugate walk"}]
     else:
         path, body["prompt"] = "/v1/completions", "Hello, my name is"
     key = " -H 'Authorization: Bearer KEY'" if settings.all_api_keys() else ""
