@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from experts.bundle_manifest import EXPERT_FILES, ExpertSummary
 from experts.checkpoint import Checkpoint
-from experts.compression import CompressedExpert, CompressionReport
+from experts.compression import CompressedExpert
 from experts.errors import CorruptBundleError
 from experts.factors import SvdFactors
 
@@ -127,19 +126,6 @@ def summarise(compressed: CompressedExpert, shared: Checkpoint) -> ExpertSummary
         relative_error=report.relative_error,
         folded=sum(tensor.handling == "folded" for tensor in report.tensors),
     )
-
-
-def read_report(folder: Path) -> CompressionReport:
-    """What compression did to each tensor, from expert.json.
-
-    Raises:
-        CorruptBundleError: it cannot be read.
-    """
-    path = folder / EXPERT_FILES[1]
-    try:
-        return CompressionReport.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise CorruptBundleError(f"{path}: not a compression report ({error})") from error
 
 
 def _grouped(path: Path, keys: list[str]) -> dict[str, set[str]]:

@@ -28,8 +28,3 @@ def family() -> tuple[Skill, ...]:
 def factors_folder(name: str) -> Path:
     """The committed PEFT LoRA folder of an expert."""
     return Path(__file__).parent / "factors" / name
-
-
-def prompts_file(name: str) -> Path:
-    """The committed routing prompts of an expert."""
-    return Path(__file__).parent / "prompts" / f"{name}.jsonl"
