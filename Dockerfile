@@ -15,6 +15,9 @@ SHELL ["/bin/sh", "-euc"]
 ARG ACCELERATOR=cpu
 ARG TORCH_INDEX_URL=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# The compiler stays in this stage; its version does not matter.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/twinserve
 ENV PATH=/opt/twinserve/bin:$PATH
 WORKDIR /src
@@ -36,7 +39,7 @@ RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')
 COPY README.md ./
 COPY service ./service
 COPY experts ./experts
-RUN pip install --no-deps .
+RUN pip install --no-deps . && twinserve native --all --cache /opt/twinserve/native
 
 
 FROM ${PYTHON_IMAGE}
@@ -44,6 +47,7 @@ ARG ACCELERATOR=cpu
 ENV PATH=/opt/twinserve/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
+    TWINSERVE_NATIVE_CACHE=/opt/twinserve/native \
     TWINSERVE_DEVICE=${ACCELERATOR}
 # /data holds the bundle; a fixed user id, so that a mounted volume can be given to it.
 RUN groupadd --gid 10001 twinserve \

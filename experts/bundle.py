@@ -20,6 +20,7 @@ from experts.bundle_change import changing
 from experts.bundle_delta import BaseDelta
 from experts.bundle_expert import ExpertWeights, check_expert, read_expert, summarise, write_expert
 from experts.bundle_files import next_generation, verify_files
+from experts.bundle_loader import ExpertLoader
 from experts.bundle_manifest import (
     BASE_DELTA_NAME,
     FORMAT_VERSION,
@@ -46,7 +47,7 @@ from experts.errors import (
 )
 from experts.routing import Router, load_router
 
-__all__ = ["FORMAT_VERSION", "Bundle", "ExpertWeights", "Manifest", "check_name"]
+__all__ = ["FORMAT_VERSION", "Bundle", "ExpertLoader", "ExpertWeights", "Manifest", "check_name"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path, verify: bool = True) -> "Bundle":
+    def open(cls, path: Path, verify: bool = True, *, lazy: bool = False) -> "Bundle":
         """Read the manifest and check everything it says against the files.
 
         With `verify` every live file is hashed (about a second per gigabyte); without, sizes, shapes and
-        dtypes are still checked.
+        dtypes are still checked. With `lazy` no expert's file is read, so that opening takes as long with
+        hundreds of experts as with a few: only presence and size are checked, the rest by `loader` in time.
 
         Raises:
             BundleError: not a bundle, or of another format version.
@@ -73,8 +75,11 @@ class Bundle:
         """
         bundle = cls(path, read_manifest(path))
         manifest = bundle.manifest
-        verify_files(path, manifest.files, manifest.live_files(), digests=verify)
-        for name in manifest.active():
+        later = frozenset(manifest.expert_files() if lazy else ())
+        now = [file for file in manifest.live_files() if file not in later]
+        verify_files(path, manifest.files, now, digests=verify)
+        verify_files(path, manifest.files, later, digests=False)
+        for name in () if lazy else manifest.active():
             check_expert(path / expert_folder(name, manifest.experts[name].generation), bundle.shared)
         bundle.base_delta.check(bundle.shared)
         bundle._check_router()
@@ -116,6 +121,10 @@ class Bundle:
         entry = self.entry(name)
         folder = self.path / expert_folder(name, entry.generation)
         return read_expert(folder, name, entry.generation)
+
+    def loader(self, *, verify: bool = True) -> ExpertLoader:
+        """Reads experts by generation, each checked when it is first wanted, and hashed with `verify`."""
+        return ExpertLoader(self.path, self.manifest, self.shared, verify=verify)
 
     def entry(self, name: str) -> ExpertEntry:
         """What the manifest says of an active expert.

@@ -57,16 +57,30 @@ def verify_files(root: Path, files: Mapping[str, FileEntry], paths: Iterable[str
         if path.startswith(f"{SHARED_NAME}/") and path not in files:
             raise CorruptBundleError(f"{root / path} is not part of the bundle; remove it")
     for path in paths:
-        entry = files[path]
         if path not in present:
             raise CorruptBundleError(f"{root / path} is missing; restore or rebuild the bundle")
-        size = (root / path).stat().st_size
-        if size != entry.nbytes:
-            raise CorruptBundleError(
-                f"{root / path} has {size} bytes, the manifest says {entry.nbytes}; restore it"
-            )
-        if digests and digest(root / path) != entry:
-            raise CorruptBundleError(f"{root / path} differs from its sha256 in the manifest; restore it")
+        _verify_content(root / path, files[path], digests=digests)
+
+
+def verify_file(path: Path, entry: FileEntry, *, digests: bool) -> None:
+    """As `verify_files`, for one file that may have changed since the whole bundle was looked at.
+
+    Raises:
+        CorruptBundleError: it, or its folder, is a link, or it is not what is listed.
+    """
+    if path.is_symlink() or path.parent.is_symlink():
+        raise CorruptBundleError(f"{path} is a symbolic link; a bundle holds plain files only")
+    if not path.is_file():
+        raise CorruptBundleError(f"{path} is missing; restore or rebuild the bundle")
+    _verify_content(path, entry, digests=digests)
+
+
+def _verify_content(path: Path, entry: FileEntry, *, digests: bool) -> None:
+    size = path.stat().st_size
+    if size != entry.nbytes:
+        raise CorruptBundleError(f"{path} has {size} bytes, the manifest says {entry.nbytes}; restore it")
+    if digests and digest(path) != entry:
+        raise CorruptBundleError(f"{path} differs from its sha256 in the manifest; restore it")
 
 
 def sync_tree(root: Path) -> None:

@@ -190,15 +190,17 @@ class Manifest(_Model):
 
     def live_files(self, shared: bool = True) -> tuple[str, ...]:
         """Paths that opening the bundle depends on: shared, base delta, current experts, current router."""
-        paths = [BASE_DELTA_NAME, f"{SHARED_NAME}/config.json"]
-        for name in self.active():
-            folder = expert_folder(name, self.experts[name].generation)
-            paths += [f"{folder}/{file}" for file in EXPERT_FILES]
+        paths = [BASE_DELTA_NAME, f"{SHARED_NAME}/config.json", *self.expert_files()]
         if self.router.generation:
             paths += [f"{router_folder(self.router.generation)}/{file}" for file in ROUTER_FILES]
         if shared:
             paths += [path for path in self.files if path.startswith(f"{SHARED_NAME}/")]
         return tuple(dict.fromkeys(paths))
+
+    def expert_files(self) -> tuple[str, ...]:
+        """Paths of the current experts' files."""
+        folders = [expert_folder(name, self.experts[name].generation) for name in self.active()]
+        return tuple(f"{folder}/{file}" for folder in folders for file in EXPERT_FILES)
 
 
 def check_expected(name: str, current: ExpertEntry | None, expected: int | None) -> None:

@@ -16,6 +16,7 @@ from experts.errors import BundleError, ExpertsError
 if TYPE_CHECKING:
     from experts.compression import CompressionSpec
     from experts.merging.methods import MergeMethod
+    from experts.routing import FeatureSpec
 
 USAGE_ERROR = 2
 
@@ -110,6 +111,9 @@ def build(
     router: Annotated[
         Literal["mlp", "none"], typer.Option(help="none: every request names its experts.")
     ] = "mlp",
+    router_layer: Annotated[
+        int, typer.Option(help="Decoder layer that the router reads, from 1; -1: the last, after the norm.")
+    ] = -1,
     top_k: Annotated[int, typer.Option(min=1, help="Gates that the router keeps by default.")] = 2,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Gates below it are dropped by default.")
@@ -126,6 +130,7 @@ def build(
         chosen = {"scale": scale, "density": density, "drop_rate": drop_rate, "seed": merge_seed}
         sizes = {"rank": rank, "energy": energy, "budget_bytes": budget_bytes}
         merge_method, spec = _method(method, chosen), _spec(sizes, dtype, extras)
+        features = router_features(router_layer)
 
         from experts.build import BuildPlan, build_bundle
 
@@ -138,6 +143,7 @@ def build(
             compression=spec,
             prompts=prompt_files,
             router=router,
+            features=features,
             top_k=top_k,
             threshold=threshold,
             max_prompts=max_prompts,
@@ -168,6 +174,23 @@ def inspect(
             typer.echo(json.dumps(bundle_facts(opened), indent=1, ensure_ascii=False))
         else:
             Console().print(bundle_table(opened))
+
+
+def router_features(layer: int) -> "FeatureSpec":
+    """What a router that reads `layer` sees.
+
+    Raises:
+        RoutingError: there cannot be such a layer.
+    """
+    from pydantic import ValidationError
+
+    from experts.errors import RoutingError
+    from experts.routing import FeatureSpec
+
+    try:
+        return FeatureSpec(layer=layer)
+    except ValidationError as error:
+        raise RoutingError(f"--router-layer: {error.errors()[0]['msg']}") from error
 
 
 def _pairs(option: str, values: list[str] | None) -> dict[str, Path]:

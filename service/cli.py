@@ -34,6 +34,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     commands.command("serve")(serve)
+    commands.command("native")(native)
     experts_cli.register(commands)
     commands.add_typer(embedded_cli.build_app(), name="embedded")
     return commands
@@ -81,6 +82,23 @@ def serve(
 
         run(settings, lambda url, runtime: typer.echo(greeting(url, runtime, settings)))
     except (ExpertsError, TwinserveError, ValueError) as error:
+        typer.echo(f"twinserve: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def native(
+    cache: Annotated[Path | None, typer.Option(help="Folder of libraries; the user's cache if not given.")] = None,
+    every_level: Annotated[
+        bool, typer.Option("--all", help="For every processor level, as for an image that runs elsewhere.")
+    ] = False,
+) -> None:
+    """Compile the decoder layers ahead of the first start, which would do it otherwise; needs g++."""
+    from service.native import build
+
+    try:
+        for level in build.levels() if every_level else [build.this_level()]:
+            typer.echo(f"{level}: {build.library(cache or build.default_cache(), level)}")
+    except build.NativeUnavailableError as error:
         typer.echo(f"twinserve: {error}", err=True)
         raise typer.Exit(1) from error
 

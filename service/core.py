@@ -11,7 +11,7 @@ from typing import Literal
 from service.errors import TwinserveError
 
 FinishReason = Literal["stop", "length", "cancelled"]
-StepMode = Literal["shared", "factored"]
+StepMode = Literal["shared", "factored", "merged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,9 @@ class SamplingParams:
         stop: strings that end the text; not part of the answer.
         stop_token_ids: token ids that end it.
         ignore_eos: go on past the model's end-of-sequence tokens.
+        logit_bias: (token id, addition) pairs, one for a token, added before everything else (OpenAI).
+        logprobs: report the chosen token's log-probability and that many likeliest ones, 0 to 20; None is off.
+        prompt_logprobs: the same for every prompt token but the first; None is off.
     """
 
     max_tokens: int
@@ -47,6 +50,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +78,21 @@ class GenerationRequest:
     Attributes:
         id: unique among live requests.
         prompt_ids: at least one token id, all inside the vocabulary.
+        priority: lower goes first (as in vLLM); equal ones by fair share and arrival.
+        deadline: monotonic seconds at which the request fails if it has not ended; None waits for ever.
+        client: whose fair share it counts against.
+        leader: id of an earlier request with the same prompt and routing, whose gates and cached prompt this
+            one takes over (parallel sampling); None stands alone.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     routing: RoutingChoice = field(default_factory=RoutingChoice)
+    priority: int = 0
+    deadline: float | None = None
+    client: str = ""
+    leader: str | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -116,7 +131,7 @@ class RoutingOutcome:
     Attributes:
         gates: expert name → weight that was added to the shared expert.
         pattern: the pattern's text form.
-        mode: "shared" (no gates) or "factored".
+        mode: "shared" (no gates), "factored", or "merged" where materialised weights made most tokens.
         generations: expert name → generation used.
         router_generation: None where the client named the gates.
         confidence: the router's largest calibrated probability; None where it was not asked.
@@ -134,21 +149,45 @@ class RoutingOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one sequence."""
+    """Token counts of one sequence.
+
+    Attributes:
+        cached_tokens: prompt tokens whose keys and values were found in the prefix cache.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the model's own distribution before temperature and cuts.
+
+    Attributes:
+        token: the chosen token id, or the prompt's.
+        logprob: its natural logarithm of probability.
+        rank: how many tokens are likelier, plus 1.
+        top: the likeliest tokens and theirs, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
     """New text of a running request: whole characters only, stop strings already cut.
 
-    `text` can be empty while a character is incomplete or a stop string may be starting.
+    `text` can be empty while a character is incomplete or a stop string may be starting. `logprobs` has one
+    entry for each of `token_ids` where the request asked for them.
     """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +198,7 @@ class Finished:
     usage: Usage
     routing: RoutingOutcome | None
     stop_reason: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +218,8 @@ class ExpertStatus:
     Attributes:
         routed: the router can choose it; otherwise it serves by name or gates only.
         leases: live requests that use this generation.
-        nbytes: true bytes of its factors in memory.
+        nbytes: true bytes of its factors in memory; an estimate for one that never was.
+        resident: its factors are on the device.
     """
 
     name: str
@@ -188,6 +229,7 @@ class ExpertStatus:
     leases: int
     nbytes: int
     max_rank: int
+    resident: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,18 +263,33 @@ class StepStats:
     inter_token_seconds: tuple[float, ...]
     routed_requests: int = 0
     route_seconds: float = 0.0
+    preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineGauges:
-    """A snapshot for gauges."""
+    """A snapshot for gauges, and totals that others keep.
+
+    Attributes:
+        kv_blocks_used: blocks that sequences own; `kv_blocks_cached` hold findable prefixes beside those.
+        prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found.
+        expert_loads, expert_evictions: experts that came into a slot or lost it.
+        expert_hits, expert_misses: experts of queued requests that had a slot, or had none.
+        merged_bytes: materialised weights held.
+    """
 
     running: int
     waiting: int
-    kv_rows_used: int
-    kv_rows_total: int
-    kv_tokens_used: int
-    kv_tokens_total: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    prefix_queries: int
+    prefix_hits: int
     experts_registered: int
     experts_resident: int
+    expert_loads: int
+    expert_evictions: int
+    expert_hits: int
+    expert_misses: int
+    merged_bytes: int
     alive: bool

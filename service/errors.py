@@ -18,7 +18,9 @@
     ├── RequestFailedError         500  request_failed          (a fault inside this request alone)
     ├── EngineDeadError            503  engine_dead
     ├── ShuttingDownError          503  shutting_down           (Retry-After)
-    └── RegistrationTimeoutError   504  registration_timeout
+    ├── ExpertUnavailableError     503  expert_unavailable      (its factors cannot be loaded; Retry-After)
+    ├── RegistrationTimeoutError   504  registration_timeout
+    └── DeadlineExceededError      504  deadline_exceeded       (the request's own `timeout`)
 
 Every message names the field, the limit and the mend. `param` is the field as the client wrote it.
 """
@@ -177,3 +179,24 @@ class RegistrationTimeoutError(TwinserveError):
 
     status = 504
     code = "registration_timeout"
+
+
+class ExpertUnavailableError(TwinserveError):
+    """A registered expert's factors cannot be loaded now; never answered with another expert instead."""
+
+    status = 503
+    code = "expert_unavailable"
+
+
+class DeadlineExceededError(TwinserveError):
+    """The request did not end within the time that it set itself."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
+def as_request_error(error: Exception) -> TwinserveError:
+    """What a request is told of an error that ended it."""
+    if isinstance(error, TwinserveError):
+        return error
+    return RequestFailedError(f"{type(error).__name__} while generating: {error}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -32,15 +32,15 @@ _REQUEST = (
 _ROUTER = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
-_FINISHED = {"stop": "stop", "length": "length", "cancelled": "abort"}
-"""`RequestStats.reason` → vLLM's finished_reason; everything else is "error"."""
+_FINISHED = {"stop": "stop", "length": "length", "cancelled": "abort", "timeout": "timeout"}
+"""`RequestStats.reason` → vLLM's finished_reason, and one of ours; everything else is "error"."""
 
 OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
-class _Gauge:
-    """One gauge, and how to read it from the snapshot."""
+class _Read:
+    """One figure, and how to read it from the snapshot."""
 
     name: str
     help: str
@@ -52,40 +52,64 @@ def _share(used: int, total: int) -> float:
 
 
 _GAUGES = (
-    _Gauge("num_requests_running", "Sequences that hold a KV row.", lambda g: g.running),
-    _Gauge("num_requests_waiting", "Sequences that wait to be admitted.", lambda g: g.waiting),
-    _Gauge(
+    _Read("num_requests_running", "Sequences that hold KV blocks.", lambda g: g.running),
+    _Read("num_requests_waiting", "Sequences that wait to be admitted.", lambda g: g.waiting),
+    _Read(
         "kv_cache_usage_perc",
-        "Used share of the KV cache, of its rows or of its tokens, whichever is larger; 1 is full.",
-        lambda g: max(_share(g.kv_rows_used, g.kv_rows_total), _share(g.kv_tokens_used, g.kv_tokens_total)),
+        "Share of the KV cache that running sequences hold; 1 is full.",
+        lambda g: _share(g.kv_blocks_used, g.kv_blocks_total),
     ),
-    _Gauge("kv_rows_used", "KV rows in use.", lambda g: g.kv_rows_used),
-    _Gauge("kv_rows", "KV rows in all.", lambda g: g.kv_rows_total),
-    _Gauge("experts_registered", "Experts that requests can name.", lambda g: g.experts_registered),
-    _Gauge(
+    _Read("kv_blocks_used", "KV blocks that running sequences hold.", lambda g: g.kv_blocks_used),
+    _Read(
+        "kv_blocks_cached",
+        "KV blocks that hold prefixes for later and are given up when others need them.",
+        lambda g: g.kv_blocks_cached,
+    ),
+    _Read("kv_blocks", "KV blocks in all.", lambda g: g.kv_blocks_total),
+    _Read("experts_registered", "Experts that requests can name.", lambda g: g.experts_registered),
+    _Read(
         "experts_resident",
-        "Expert generations held in memory, replaced ones with leases included.",
+        "Expert generations on the device, replaced ones with leases included.",
         lambda g: g.experts_resident,
     ),
-    _Gauge("engine_up", "1 while the engine thread lives.", lambda g: float(g.alive)),
+    _Read("merged_weight_bytes", "Materialised weights held.", lambda g: g.merged_bytes),
+    _Read("engine_up", "1 while the engine thread lives.", lambda g: float(g.alive)),
 )
+
+_TOTALS = (
+    _Read("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda g: g.prefix_queries),
+    _Read("prefix_cache_hits", "Prompt tokens found there.", lambda g: g.prefix_hits),
+    _Read("expert_loads", "Experts brought onto the device.", lambda g: g.expert_loads),
+    _Read("expert_evictions", "Experts that lost their slot to others.", lambda g: g.expert_evictions),
+    _Read("expert_slot_hits", "Experts of queued sequences that had a slot.", lambda g: g.expert_hits),
+    _Read("expert_slot_misses", "Experts of queued sequences that had none.", lambda g: g.expert_misses),
+)
+"""Counters that the engine's parts keep themselves."""
+
+Family = GaugeMetricFamily | CounterMetricFamily
 
 
 class _Snapshot(Collector):
-    """Reads the engine's gauges once a scrape."""
+    """Reads the engine's gauges and totals once a scrape."""
 
     def __init__(self, read: Callable[[], EngineGauges]) -> None:
         self._read = read
 
-    def describe(self) -> Iterable[GaugeMetricFamily]:
+    def describe(self) -> Iterable[Family]:
         """Names only: registering must not ask the engine."""
-        return (GaugeMetricFamily(f"twinserve_{gauge.name}", gauge.help) for gauge in _GAUGES)
+        return self._families(None)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Family]:
         """Current values."""
-        now = self._read()
+        return self._families(self._read())
+
+    def _families(self, now: EngineGauges | None) -> Iterator[Family]:
         for gauge in _GAUGES:
-            yield GaugeMetricFamily(f"twinserve_{gauge.name}", gauge.help, value=gauge.read(now))
+            value = None if now is None else gauge.read(now)
+            yield GaugeMetricFamily(f"twinserve_{gauge.name}", gauge.help, value=value)
+        for total in _TOTALS:
+            value = None if now is None else total.read(now)
+            yield CounterMetricFamily(f"twinserve_{total.name}", total.help, value=value)
 
 
 class Metrics:
@@ -118,12 +142,12 @@ class Metrics:
             "time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN
         )
         self._total = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _REQUEST)
-        self._queue = self._histogram("request_queue_time_seconds", "Waiting for a KV row.", _REQUEST)
+        self._queue = self._histogram("request_queue_time_seconds", "Waiting for KV blocks.", _REQUEST)
         self._prefill = self._histogram("request_prefill_time_seconds", "Admission to first token.", _REQUEST)
         self._decode = self._histogram("request_decode_time_seconds", "First to last token.", _REQUEST)
         self._router = self._histogram("router_seconds", "A request's wait for its gates.", _ROUTER)
         self._finished = self._counter(
-            "request_success", "Ended sequences: stop, length, abort or error.", ("finished_reason",)
+            "request_success", "Ended sequences: stop, length, abort, timeout or error.", ("finished_reason",)
         )
         for reason in (*_FINISHED.values(), "error"):
             self._finished.labels(reason)
@@ -139,12 +163,15 @@ class Metrics:
         self._generated_tokens = self._counter("generation_tokens", "Generated tokens.")
         self._step_seconds = self._histogram("step_seconds", "One engine step.", _ROUTER, ("mode",))
         self._steps = self._counter("steps", "Engine steps.", ("mode",))
-        for mode in ("shared", "factored"):
+        for mode in ("shared", "factored", "merged"):
             self._steps.labels(mode)
         self._active = self._histogram("step_active_experts", "Experts in one step.", _COUNTS)
         self._patterns = self._histogram("step_patterns", "Routing patterns in one step.", _COUNTS)
         self._batch = self._histogram("step_decode_rows", "Sequences that decode in one step.", _COUNTS)
         self._rebuilds = self._counter("working_set_rebuilds", "Times the packed factors changed.")
+        self._preemptions = self._counter(
+            "num_preemptions", "Times that a sequence gave its KV blocks to others and began again."
+        )
         self._routed = self._counter("routed_requests", "Sequences whose gates the router chose.")
         self._route_step = self._histogram(
             "router_batch_seconds", "A step that carried prompts for the router.", _ROUTER
@@ -172,6 +199,7 @@ class Metrics:
         self._batch.observe(stats.decode_rows)
         if stats.rebuilt:
             self._rebuilds.inc()
+        self._preemptions.inc(stats.preemptions)
         for seconds in stats.inter_token_seconds:
             self._inter_token.observe(seconds)
         if stats.routed_requests:

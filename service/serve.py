@@ -13,9 +13,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from experts.bundle import Bundle
 from service.api.app import create_app
+from service.engine.assembly import EngineOptions
+from service.engine.model import ModelOptions
+from service.engine.routing import RoutingDefaults
 from service.metrics import Metrics
 from service.registrar import Registrar
 from service.runtime import Runtime, RuntimeConfig, open_runtime
+from service.scheduler.policy import Budget, Limits, Policy
 from service.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -23,24 +27,48 @@ _log = logging.getLogger(__name__)
 _KEEP_ALIVE_SECONDS = 75
 """Longer than usual proxies and client pools wait, so that they close idle connections, not we under them."""
 
+_LONGEST_CONTEXT = 4096
+"""Tokens of one sequence where no setting says; the model's own limit if that is less."""
+
 _LAST_WORDS_SECONDS = 5
 """After the drain's own deadline, for the last events to reach their clients."""
 
 
 def runtime_config(settings: Settings) -> RuntimeConfig:
     """The runtime's part of the settings."""
+    model = ModelOptions(
+        kv_bytes=settings.kv_cache_bytes,
+        max_tokens=settings.max_context or _LONGEST_CONTEXT,
+        chunk_tokens=max(settings.prefill_step, settings.prefill_chunk),
+        pack_base=settings.pack_base,
+        native=settings.native,
+        native_cache=settings.native_cache,
+    )
+    policy = Policy(
+        max_wait_seconds=settings.max_wait_seconds,
+        max_active_experts=settings.max_active_experts,
+        fair_share=settings.fair_share,
+    )
     return RuntimeConfig(
-        max_batch=settings.max_batch,
+        engine=EngineOptions(
+            model=model,
+            limits=Limits(max_running=settings.max_batch),
+            budget=Budget(step_tokens=settings.prefill_step, chunk_tokens=settings.prefill_chunk),
+            policy=policy,
+            routing=RoutingDefaults(top_k=settings.router_top_k, threshold=settings.router_threshold),
+            prefix_cache=settings.prefix_cache,
+            mode=settings.mix_mode,
+            merged_bytes=settings.merged_bytes,
+            single_pass=settings.single_pass,
+            host_cache_bytes=settings.host_cache_bytes,
+        ),
         max_queue=settings.max_queue,
-        max_context=settings.max_context,
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
-        prefill_step_tokens=settings.prefill_step,
-        prefill_chunk_tokens=settings.prefill_chunk,
-        router_top_k=settings.router_top_k,
-        router_threshold=settings.router_threshold,
-        pack_base=settings.pack_base,
+        max_experts=settings.max_experts,
+        max_expert_bytes=settings.max_expert_bytes,
+        pinned_experts=settings.pinned_experts,
     )
 
 
@@ -117,7 +145,9 @@ def assemble(settings: Settings, announce: Callable[[str, Runtime], None]) -> tu
     Raises:
         ExpertsError, TwinserveError, ValueError: as `serve`.
     """
-    bundle = Bundle.open(settings.bundle)
+    # Where not all experts are loaded, each one's files are read and checked when it is first wanted.
+    slots = settings.max_experts is not None or settings.max_expert_bytes is not None
+    bundle = Bundle.open(settings.bundle, lazy=slots)
     metrics = _metrics()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
     runtime = open_runtime(bundle, runtime_config(settings), metrics)

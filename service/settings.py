@@ -43,6 +43,15 @@ class Settings(BaseSettings):
     max_messages: int = Field(default=1024, ge=1, description="messages in one chat")
     max_stop: int = Field(default=8, ge=0, description="stop strings, and stop token ids, of one request")
     max_stop_length: int = Field(default=128, ge=1, description="characters of one stop string")
+    max_logprobs: int = Field(
+        default=20, ge=0, le=20, description="likeliest tokens reported beside each one"
+    )
+    max_timeout_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="the largest `timeout`, and that of requests that name none; None is no bound",
+    )
     max_gate: float = Field(default=8.0, gt=0, allow_inf_nan=False, description="a gate's absolute weight")
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024, description="a request body")
     max_json_depth: int = Field(default=32, ge=4, le=256, description="nesting of a JSON body")
@@ -55,14 +64,51 @@ class Settings(BaseSettings):
     )
 
     max_queue: int = Field(default=256, ge=1, description="sequences that wait beyond those that run")
-    max_batch: int = Field(default=32, ge=1, description="sequences that run together (KV rows)")
+    max_batch: int = Field(default=32, ge=1, description="sequences that run together")
     max_context: int | None = Field(
-        default=None, ge=16, description="tokens of one KV row; None is the model's own, at most 4096"
+        default=None, ge=16, description="tokens of one sequence; None is the model's own, at most 4096"
+    )
+    kv_cache_bytes: int = Field(
+        default=512 * 2**20, ge=1, description="the KV cache; one longest sequence fits in any case"
+    )
+    prefix_cache: bool = Field(
+        default=True, description="prompts that begin alike share what was computed of them"
     )
     prefill_step: int = Field(
         default=1024, ge=16, description="most prompt tokens of a step where nobody decodes"
     )
     prefill_chunk: int = Field(default=256, ge=16, description="most prompt tokens beside decoding sequences")
+    max_wait_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="who has waited longer goes by arrival alone, ahead of priorities and fair share",
+    )
+    fair_share: bool = Field(default=True, description="API keys take turns by the tokens that they got")
+    max_active_experts: int | None = Field(
+        default=None, ge=1, description="distinct experts that should run together; a soft bound"
+    )
+    max_experts: int | None = Field(
+        default=None, ge=1, description="experts on the device at once; None is all of them"
+    )
+    max_expert_bytes: int | None = Field(
+        default=None, ge=1, description="bytes of their factors; None is no limit"
+    )
+    pinned_experts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="experts that never leave the device, separated by commas"
+    )
+    host_cache_bytes: int = Field(
+        default=0, ge=0, description="host memory for experts that left a GPU; unused on a CPU"
+    )
+    mix_mode: Literal["auto", "factored", "merged"] = Field(
+        default="auto",
+        description="merged: weights are made for gates that a step has alone; auto: if it pays",
+    )
+    merged_bytes: int = Field(default=512 * 2**20, ge=0, description="weights made so, at most")
+    single_pass: bool = Field(
+        default=False,
+        description="route a prompt in its own prefill: quicker, the lower layers without gates",
+    )
     router_top_k: int | None = Field(default=None, ge=1, description="gates kept; None is the bundle's own")
     router_threshold: float | None = Field(
         default=None, ge=0, le=1, description="gates below are dropped; None is the bundle's own"
@@ -73,6 +119,12 @@ class Settings(BaseSettings):
     )
     threads: int | None = Field(
         default=None, ge=1, description="the engine's CPU threads; None is torch's own"
+    )
+    native: Literal["auto", "on", "off"] = Field(
+        default="auto", description="compiled decoder layers on a CPU: where they work, insist, or never"
+    )
+    native_cache: Path | None = Field(
+        default=None, description="folder of the compiled library; None is below the user's cache folder"
     )
     pack_base: bool = Field(default=True, description="reorder base weights for the processor if that gains")
 
@@ -85,9 +137,9 @@ class Settings(BaseSettings):
     )
     log_json: bool = Field(default=False, description="one JSON object a line")
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "pinned_experts", mode="before")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
+    def _split(cls, value: object) -> object:
         """`a,b` → (a, b); blanks go."""
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -105,6 +157,22 @@ class Settings(BaseSettings):
             key.get_secret_value() == self.admin_key.get_secret_value() for key in self.api_keys
         ):
             raise ValueError(f"{ENV_PREFIX}ADMIN_KEY must differ from every key of {ENV_PREFIX}API_KEYS")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        """What one setting asks for another must not make impossible."""
+        if self.max_experts is not None and len(set(self.pinned_experts)) > self.max_experts:
+            raise ValueError(
+                f"{ENV_PREFIX}PINNED_EXPERTS names {len(set(self.pinned_experts))} experts; only "
+                f"{self.max_experts} fit the device ({ENV_PREFIX}MAX_EXPERTS)"
+            )
+        if self.mix_mode == "merged" and self.native == "off":
+            raise ValueError(
+                f"{ENV_PREFIX}MIX_MODE=merged needs compiled decoder layers; {ENV_PREFIX}NATIVE is off"
+            )
+        if self.mix_mode == "merged" and not self.merged_bytes:
+            raise ValueError(f"{ENV_PREFIX}MIX_MODE=merged needs {ENV_PREFIX}MERGED_BYTES above 0")
         return self
 
     def all_api_keys(self) -> tuple[SecretStr, ...]:

@@ -25,6 +25,7 @@ class EmbeddedRecipe:
         scale: λ of the task arithmetic that makes the shared expert.
         rank: singular values kept of each matrix of an exclusive vector.
         max_prompts: router prompts of each expert and split.
+        router_layer: `FeatureSpec.layer` of the router.
     """
 
     name: str = "embedded"
@@ -32,6 +33,7 @@ class EmbeddedRecipe:
     rank: int = 8
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     max_prompts: int = 200
+    router_layer: int = -1
     top_k: int = 2
     threshold: float = 0.05
     seed: int = 0
@@ -64,6 +66,7 @@ def build_embedded(
     from experts.compression import CompressionSpec
     from experts.errors import CheckpointError
     from experts.merging.methods import TaskArithmetic
+    from experts.routing import FeatureSpec
 
     numbers = recipe or EmbeddedRecipe()
     check_target(out, overwrite=overwrite)
@@ -80,6 +83,7 @@ def build_embedded(
             compression=CompressionSpec(rank=numbers.rank, dtype=numbers.dtype),
             prompts={path.name: PROMPTS / f"{path.name}.jsonl" for path in factors},
             max_prompts=numbers.max_prompts,
+            features=FeatureSpec(layer=numbers.router_layer),
             top_k=numbers.top_k,
             threshold=numbers.threshold,
             seed=numbers.seed,
@@ -114,15 +118,19 @@ def _base_folder(
 def build(
     out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
     base: Annotated[Path | None, typer.Option(help="Keep the converted base in this folder.")] = None,
+    router_layer: Annotated[
+        int, typer.Option(help="Decoder layer that the router reads, from 1; -1: the last, after the norm.")
+    ] = EmbeddedRecipe.router_layer,
     overwrite: Annotated[bool, typer.Option(help="Replace the bundle that is there.")] = False,
 ) -> None:
     """Build the default bundle from the embedded base, factors and prompts."""
     from rich.console import Console
 
-    from experts.cli import build_progress, reported_errors
+    from experts.cli import build_progress, reported_errors, router_features
     from experts.inspection import bundle_table
 
     with reported_errors():
+        recipe = EmbeddedRecipe(router_layer=router_features(router_layer).layer)
         with build_progress() as progress:
-            bundle = build_embedded(out, progress, base=base, overwrite=overwrite)
+            bundle = build_embedded(out, progress, base=base, overwrite=overwrite, recipe=recipe)
         Console().print(bundle_table(bundle))

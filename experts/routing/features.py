@@ -9,6 +9,7 @@ and the engine's packed step when a request is routed. For one prompt of token i
 3. H is converted to float32 and pooled over all its tokens by `pool`.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -19,6 +20,10 @@ from torch import Tensor, nn
 from experts.errors import RoutingError
 
 Pooling = Literal["mean", "last", "mean_last"]
+
+
+class _Reached(Exception):  # noqa: N818 - ends a pass early, nothing is wrong
+    """The layer whose output is wanted is done; the layers above it need not run."""
 
 
 class FeatureSpec(BaseModel):
@@ -135,7 +140,7 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def _hidden_states(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
-    """(batch, tokens, hidden) of one padded batch, on the model's device."""
+    """(batch, tokens, hidden) of one padded batch, on the model's device; runs no layer above `layer`."""
     base = getattr(model, "base_model", model)
     ids = ids.to(next(model.parameters()).device)
     if layer == -1:
@@ -150,10 +155,12 @@ def _hidden_states(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
 
     def keep(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         seen.append(output if isinstance(output, Tensor) else output[0])
+        raise _Reached
 
     handle = layers[layer - 1].register_forward_hook(keep)
     try:
-        base(input_ids=ids, use_cache=False)
+        with contextlib.suppress(_Reached):
+            base(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
     return seen[0]

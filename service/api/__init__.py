@@ -2,5 +2,5 @@
 
 Start at `app.py` (what is mounted where), then `completions.py` (a request from body to answer). A body
 becomes a wire model (`wire/`), that becomes domain requests (`plan.py`), their events become an answer
-(`generation.py`, `sse.py`). What the layer needs of the runtime is written down in `backend.py`.
+(`generation.py`, `shapes.py`, `sse.py`). What the layer needs of the runtime is written down in `backend.py`.
 """

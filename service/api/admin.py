@@ -19,6 +19,7 @@ def _fields(status: ExpertStatus) -> dict[str, str | int | bool]:
         "leases": status.leases,
         "bytes": status.nbytes,
         "max_rank": status.max_rank,
+        "resident": status.resident,
     }
 
 

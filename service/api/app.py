@@ -10,6 +10,7 @@ from service.api.body import json_route
 from service.api.errors import install_handlers
 from service.api.middleware import Authenticate, LimitBody, Observe
 from service.api.prompts import PromptEncoder
+from service.api.tokens import TokenTexts
 from service.metrics import Metrics
 from service.registrar import Registrar
 from service.settings import Settings
@@ -44,10 +45,11 @@ def create_app(backend: Backend, settings: Settings, metrics: Metrics, registrar
     encoder = PromptEncoder(
         backend.tokenizer, backend.vocab_size, backend.max_context, settings.max_prompt_tokens
     )
+    texts = TokenTexts(backend.tokenizer)
     router = app.router
     router.route_class = json_route(settings.max_json_depth)
-    completions.add_routes(router, backend, settings, encoder)
-    chat.add_routes(router, backend, settings, encoder)
+    completions.add_routes(router, backend, settings, encoder, texts)
+    chat.add_routes(router, backend, settings, encoder, texts)
     route.add_routes(router, backend, settings, encoder)
     models.add_routes(router, backend)
     health.add_routes(router, backend, metrics)

@@ -14,6 +14,8 @@ OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", 
 
 ADMIN_PREFIX = "/admin"
 
+_CLIENT_DIGITS = 16
+
 
 def _digest(key: str) -> bytes:
     """Equal lengths for `compare_digest`, whatever the client sent."""
@@ -32,15 +34,19 @@ class Gatekeeper:
         self._api = tuple(_digest(key.get_secret_value()) for key in api_keys)
         self._admin = None if admin_key is None else _digest(admin_key.get_secret_value())
 
-    def check(self, path: str, headers: Headers) -> None:
+    def check(self, path: str, headers: Headers) -> str:
         """Pass, or raise.
+
+        Returns:
+            Who it is, for fair shares: the same for the same API key, which it does not give away; empty where
+            no key is needed.
 
         Raises:
             AdminDisabledError: `/admin` without a configured key.
             AuthenticationError: the key is missing or wrong.
         """
         if path in OPEN_PATHS:
-            return
+            return ""
         if path == ADMIN_PREFIX or path.startswith(f"{ADMIN_PREFIX}/"):
             if self._admin is None:
                 raise AdminDisabledError(
@@ -48,9 +54,11 @@ class Gatekeeper:
                 )
             self._require(headers, (self._admin,), "the admin key (TWINSERVE_ADMIN_KEY)")
         elif self._api:
-            self._require(headers, self._api, "an API key")
+            # Whatever a client sends to an open server must not make it a client of its own.
+            return self._require(headers, self._api, "an API key").hex()[:_CLIENT_DIGITS]
+        return ""
 
-    def _require(self, headers: Headers, accepted: tuple[bytes, ...], what: str) -> None:
+    def _require(self, headers: Headers, accepted: tuple[bytes, ...], what: str) -> bytes:
         given = _given_key(headers)
         if given is None:
             raise AuthenticationError(f"Send {what} as `Authorization: Bearer KEY` or `X-API-Key: KEY`.")
@@ -58,6 +66,7 @@ class Gatekeeper:
         # No early exit: the time must not tell which key was nearly right.
         if not sum(hmac.compare_digest(digest, known) for known in accepted):
             raise AuthenticationError(f"The key is wrong; send {what}.")
+        return digest
 
 
 def _given_key(headers: Headers) -> str | None:

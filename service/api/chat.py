@@ -3,9 +3,12 @@
 from fastapi import APIRouter, Request, Response
 
 from service.api.backend import Backend
-from service.api.generate import ChatShape, answer
+from service.api.errors import GENERATING
+from service.api.generate import answer
 from service.api.plan import Budget, check, make_plan
 from service.api.prompts import PromptEncoder
+from service.api.shapes import ChatShape
+from service.api.tokens import TokenTexts
 from service.api.wire.answers import Generated
 from service.api.wire.chat import ChatBody
 from service.errors import InvalidRequestError, LimitExceededError
@@ -24,10 +27,12 @@ def _budget(body: ChatBody, default: int) -> Budget:
     return Budget(body.max_completion_tokens, "max_completion_tokens", default)
 
 
-def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder) -> None:
+def add_routes(
+    router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder, texts: TokenTexts
+) -> None:
     """Put `POST /v1/chat/completions` on `router`."""
 
-    @router.post("/v1/chat/completions", response_model=Generated)
+    @router.post("/v1/chat/completions", response_model=Generated, responses=GENERATING)
     async def chat(request: Request, body: ChatBody) -> Response:
         """Write the assistant's next turn."""
         budget = _budget(body, settings.default_chat_tokens)
@@ -38,6 +43,9 @@ def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder:
                 "(max_messages).",
                 param="messages",
             )
+        if body.top_logprobs and not body.logprobs:
+            raise InvalidRequestError("'top_logprobs' is for logprobs = true only.", param="top_logprobs")
         prompt = await encoder.chat(body.messages)
         plan = make_plan(body, routing, budget, [prompt], backend, settings)
-        return await answer(request, body, plan, ChatShape(), backend, settings)
+        shape = ChatShape(texts, scored=body.logprobs)
+        return await answer(request, body, plan, shape, backend, settings)

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from service.api.wire.answers import ErrorAnswer
 from service.api.wire.base import UNKNOWN_FIELD, UNSUPPORTED_FIELD
 from service.errors import (
     AuthenticationError,
@@ -24,6 +25,28 @@ _log = logging.getLogger(__name__)
 
 CLIENT_GONE = 499
 """Logged and counted for a client that hung up; nobody receives it."""
+
+
+_REFUSED = {
+    400: "A field is wrong, unknown or beyond a limit.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    429: "The queue is full; Retry-After says when to come again.",
+    500: "A fault inside this request.",
+    503: "The engine has ended, the server shuts down, or an expert cannot be loaded.",
+}
+ROUTING: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text} for status, text in _REFUSED.items()
+}
+"""For the OpenAPI document: what an endpoint that asks the engine may answer instead."""
+
+GENERATING: dict[int | str, dict[str, Any]] = {
+    **ROUTING,
+    504: {"model": ErrorAnswer, "description": "The request did not end within its timeout."},
+}
+"""The same for one that generates."""
 
 
 class ClientGoneError(Exception):

@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from service.api.backend import Backend, Generation
 from service.api.errors import ClientGoneError
-from service.core import Event, Failed, Finished, GenerationRequest, TextDelta
+from service.core import Event, Failed, Finished, GenerationRequest, TextDelta, TokenLogprobs
 from service.errors import RequestFailedError, ShuttingDownError, TwinserveError
 
 Piece = tuple[int, TextDelta | Finished]
@@ -23,6 +23,7 @@ class Completed:
     """One choice, whole."""
 
     text: list[str] = field(default_factory=list)
+    scores: list[TokenLogprobs] = field(default_factory=list)
     end: Finished | None = None
 
 
@@ -50,7 +51,8 @@ class Batch:
 
     def close(self) -> None:
         """Cancel whatever still runs; idempotent."""
-        for generation in self._generations:
+        # A prompt's first choice last: without it the further ones would start to be routed by themselves.
+        for generation in reversed(self._generations):
             generation.cancel()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
@@ -112,6 +114,7 @@ class Batch:
         async for index, event in self.pieces():
             if isinstance(event, TextDelta):
                 choices[index].text.append(event.text)
+                choices[index].scores += event.logprobs
             else:
                 choices[index].end = event
         if any(choice.end is None for choice in choices):

@@ -35,7 +35,7 @@ class Observe:
         status = 0
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, arrived=started)
 
         async def observed(message: Message) -> None:
             nonlocal status
@@ -77,10 +77,11 @@ class Authenticate:
         """Serve one request, or refuse it."""
         if scope["type"] == "http":
             try:
-                self._gatekeeper.check(scope["path"], Headers(scope=scope))
+                client = self._gatekeeper.check(scope["path"], Headers(scope=scope))
             except TwinserveError as error:
                 await error_response(error)(scope, receive, send)
                 return
+            scope.setdefault("state", {})["client"] = client
         await self._app(scope, receive, send)
 
 

@@ -1,7 +1,7 @@
 """Wire model → domain: which experts, which sampling, within the operator's limits. Pure, no waiting."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from service.api.backend import Backend
@@ -48,30 +48,46 @@ class Plan:
     Attributes:
         prompts: token ids; each is generated `n` times.
         sampling: of the first choice of each prompt; the further ones differ in their seed.
+        timeout: seconds from arrival in which all of it must end; None is for ever.
     """
 
     prompts: Sequence[tuple[int, ...]]
     sampling: Sequence[SamplingParams]
     routing: RoutingChoice
     n: int
+    priority: int = 0
+    timeout: float | None = None
 
-    def requests(self, answer_id: str) -> Iterator[GenerationRequest]:
-        """One domain request a choice, prompt by prompt."""
+    def requests(self, answer_id: str, client: str, arrived: float) -> Iterator[GenerationRequest]:
+        """One domain request a choice, prompt by prompt; each prompt's first choice leads the others.
+
+        Args:
+            answer_id: of the whole answer.
+            client: whose fair share it counts against.
+            arrived: monotonic seconds.
+        """
+        deadline = None if self.timeout is None else arrived + self.timeout
         for index, (prompt, sampling) in enumerate(zip(self.prompts, self.sampling, strict=True)):
             for choice in range(self.n):
                 yield GenerationRequest(
                     id=f"{answer_id}-{index * self.n + choice}",
                     prompt_ids=prompt,
-                    sampling=_reseeded(sampling, choice),
+                    sampling=_of_choice(sampling, choice),
                     routing=self.routing,
+                    priority=self.priority,
+                    deadline=deadline,
+                    client=client,
+                    leader=f"{answer_id}-{index * self.n}" if choice else None,
                 )
 
 
-def _reseeded(sampling: SamplingParams, choice: int) -> SamplingParams:
+def _of_choice(sampling: SamplingParams, choice: int) -> SamplingParams:
     """Choices of one prompt must differ, and the first must equal the same request with n = 1."""
-    if sampling.seed is None or choice == 0:
+    if choice == 0:
         return sampling
-    return replace(sampling, seed=(sampling.seed + choice) % _SEEDS)
+    seed = None if sampling.seed is None else (sampling.seed + choice) % _SEEDS
+    # The prompt's log-probabilities are the same for all: computed once.
+    return replace(sampling, seed=seed, prompt_logprobs=None)
 
 
 def choose_routing(
@@ -179,12 +195,11 @@ def check(
     _at_most(len(body.stop_token_ids), settings.max_stop, "stop_token_ids", "max_stop")
     for text in body.stop:
         _at_most(len(text), settings.max_stop_length, "stop", "max_stop_length, in characters")
-    for token in body.stop_token_ids:
-        if token >= backend.vocab_size:
-            raise InvalidRequestError(
-                f"stop_token_ids: {token} is outside the vocabulary (0 to {backend.vocab_size - 1}).",
-                param="stop_token_ids",
-            )
+    _in_vocabulary(body.stop_token_ids, backend.vocab_size, "stop_token_ids")
+    _in_vocabulary(body.logit_bias, backend.vocab_size, "logit_bias")
+    _at_most(body.reported or 0, settings.max_logprobs, body.reported_by, "max_logprobs")
+    if body.timeout is not None and settings.max_timeout_seconds is not None:
+        _at_most(body.timeout, settings.max_timeout_seconds, "timeout", "max_timeout_seconds")
     if budget.asked is not None:
         _at_most(budget.asked, settings.max_tokens, budget.param, "max_tokens")
     most = settings.max_tokens if budget.asked is None else budget.asked
@@ -218,12 +233,27 @@ def make_plan(
                 param=budget.param,
             )
         sampling.append(_sampling(body, tokens))
-    return Plan(prompts=prompts, sampling=sampling, routing=routing, n=body.n)
+    return Plan(
+        prompts=prompts,
+        sampling=sampling,
+        routing=routing,
+        n=body.n,
+        priority=body.priority,
+        timeout=settings.max_timeout_seconds if body.timeout is None else body.timeout,
+    )
 
 
-def _at_most(value: int, limit: int, param: str, name: str) -> None:
+def _at_most(value: float, limit: float, param: str, name: str) -> None:
     if value > limit:
         raise LimitExceededError(f"{param} is {value}; the limit is {limit} ({name}).", param=param)
+
+
+def _in_vocabulary(tokens: Iterable[int], size: int, param: str) -> None:
+    for token in tokens:
+        if token >= size:
+            raise InvalidRequestError(
+                f"{param}: {token} is outside the vocabulary (0 to {size - 1}).", param=param
+            )
 
 
 def _sampling(body: SamplingBody, max_tokens: int) -> SamplingParams:
@@ -242,4 +272,7 @@ def _sampling(body: SamplingBody, max_tokens: int) -> SamplingParams:
         stop=body.stop,
         stop_token_ids=frozenset(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
+        logit_bias=tuple(body.logit_bias.items()),
+        logprobs=body.reported,
+        prompt_logprobs=body.prompt_reported,
     )

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from service.api.backend import Backend
+from service.api.errors import ROUTING
 from service.api.generation import while_connected
 from service.api.plan import choose_routing, named_by
 from service.api.prompts import PromptEncoder
@@ -24,7 +25,7 @@ def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder:
             _at_most(len(chat), settings.max_messages, name, "max_messages")
         return [await encoder.chat(chat, name) for name, chat in zip(names, chats, strict=True)]
 
-    @router.post("/v1/route", response_model=RouteAnswer)
+    @router.post("/v1/route", response_model=RouteAnswer, responses=ROUTING)
     async def route(request: Request, body: RouteBody) -> Response:
         """Tell which experts would answer, with which weights and why."""
         model = body.model or backend.bundle_name

@@ -4,62 +4,54 @@ import time
 from collections import deque
 from collections.abc import Sequence as Many
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from experts.routing import FeatureSpec
 from service.core import (
     EngineGauges,
+    ExpertKey,
     Failed,
     GenerationRequest,
     Pattern,
     RoutingOutcome,
+    StepMode,
     StepStats,
     TextDelta,
 )
-from service.engine.live import Live, Question, Times
-from service.engine.model import SharedModel
+from service.engine.intake import Intake
+from service.engine.live import Live, Question
+from service.engine.parts import EngineParts
 from service.engine.roster import Roster, StepResult
-from service.engine.routing import Dispatcher
-from service.engine.runner import Conclusion, Step, run_step
-from service.engine.sampler import RowState, sample
-from service.engine.text import TextStream
-from service.errors import RequestFailedError, TwinserveError
+from service.engine.runner import Conclusion, PromptRows, Step, run_step
+from service.engine.sampling.logprobs import prompt_logprobs
+from service.engine.sampling.sample import Chosen, sample
+from service.errors import TwinserveError, as_request_error
 from service.gating.resident import ResidentExpert
-from service.scheduler.scheduler import Scheduler
-from service.scheduler.sequence import Sequence
 
 _FATAL_AFTER = 8
 """Steps in a row in which every participant failed: the engine then counts as dead."""
 
 
 class Engine:
-    """Continuous batching of requests with different gates.
+    """Continuous batching of requests with different gates."""
 
-    Args:
-        end_ids: the model's end-of-sequence token ids.
-    """
-
-    def __init__(
-        self,
-        model: SharedModel,
-        scheduler: Scheduler,
-        dispatcher: Dispatcher,
-        backend: Tokenizer,
-        end_ids: frozenset[int],
-    ) -> None:
-        self.model = model
-        self.scheduler = scheduler
-        self.dispatcher = dispatcher
-        self._backend = backend
-        self._end_ids = end_ids
-        self._roster = Roster(model, scheduler, dispatcher.catalogue)
+    def __init__(self, parts: EngineParts) -> None:
+        self.model = parts.model
+        self.scheduler = parts.scheduler
+        self.dispatcher = parts.dispatcher
+        self.residency = parts.residency
+        self.merged = parts.merged
+        self._roster = Roster(
+            parts.scheduler, parts.dispatcher.catalogue, self._forget, parts.model.cache.wipe
+        )
+        self._intake = Intake(parts, self._roster)
         self._questions: deque[Question] = deque()
         self._failures = 0
+        self.stalled = False
 
     @property
     def busy(self) -> bool:
-        """There is something to compute."""
+        """There is something to compute, or, if `stalled`, to wait for."""
         return bool(self._roster or self._questions)
 
     @property
@@ -76,17 +68,14 @@ class Engine:
     ) -> None:
         """Take a request in. `fixed` holds the leased gates where the client named them."""
         try:
-            live = self._open(request, arrived)
+            live = self._intake.open(request, arrived)
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
             if fixed is not None:
                 self.release(fixed[0])
-            result.events.append((request.id, Failed(_request_fault(error))))
+            result.events.append((request.id, Failed(as_request_error(error))))
             return
         self._roster.enter(live)
-        if fixed is None:
-            self._roster.unrouted.append(live)
-        else:
-            self._roster.start(live, *fixed)
+        self._intake.begin(live, fixed, result)
 
     def ask(self, question: Question) -> None:
         """Queue a question for the router."""
@@ -97,11 +86,13 @@ class Engine:
         live = self._roster.get(request_id)
         if live is not None:
             self._roster.finish(live, "cancelled", None, result)
+            self._intake.ended(live, result)
 
     def publish(self, expert: ResidentExpert) -> None:
         """A new generation becomes current; running requests keep theirs."""
-        self.model.bank.add(expert)
+        # The one that it replaces goes first: its slot may be the only one.
         self._roster.free(self.dispatcher.catalogue.publish(expert.key))
+        self.residency.publish(expert)
 
     def retire(self, name: str) -> None:
         """No new request gets the expert."""
@@ -113,38 +104,49 @@ class Engine:
 
     def step(self) -> StepResult:
         """One forward pass and everything that follows from it; `broken` is set if steps keep failing."""
-        started = time.monotonic()
-        step = self._plan()
-        conclusion = run_step(self.model, step)
-        return self._conclude(step, conclusion, started)
+        started, result = time.monotonic(), StepResult()
+        step = self._plan(started, result)
+        conclusion = run_step(self.model, step, self.merged)
+        self._conclude(step, conclusion, result)
+        self.stalled = not step.participants
+        if step.participants:
+            result.stats = self._stats(step, conclusion, result, time.monotonic() - started)
+        return result
 
     def fail_all(self, error: TwinserveError, result: StepResult) -> None:
         """End every request with the error: the engine is going away."""
         for live in self._roster.all():
             self._roster.fail(live, error, result)
+        self._intake.clear()
         while self._questions:
             self._questions.popleft().answer(error)
 
     def gauges(self, *, alive: bool) -> EngineGauges:
         """A snapshot; safe to read from another thread, if slightly stale."""
-        rows = self.scheduler.rows
-        cache = self.model.cache
-        running = list(self.scheduler.running)
+        kv, residency = self.scheduler.kv, self.residency.stats
         return EngineGauges(
-            running=len(running),
+            running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting) + len(self._roster.unrouted),
-            kv_rows_used=rows.count - rows.free,
-            kv_rows_total=rows.count,
-            kv_tokens_used=sum(sequence.computed for sequence in running),
-            kv_tokens_total=rows.count * cache.max_tokens,
+            kv_blocks_used=kv.used_blocks,
+            kv_blocks_cached=kv.cached_blocks,
+            kv_blocks_total=kv.total_blocks,
+            prefix_queries=kv.queries,
+            prefix_hits=kv.hits,
             experts_registered=len(self.dispatcher.catalogue.current()),
             experts_resident=self.model.bank.resident_count,
+            expert_loads=residency.loads,
+            expert_evictions=residency.evictions,
+            expert_hits=residency.hits,
+            expert_misses=residency.misses,
+            merged_bytes=self.merged.stats.nbytes if self.merged is not None else 0,
             alive=alive,
         )
 
     # -- plan ---------------------------------------------------------------------------------------
 
-    def _plan(self) -> Step:
+    def _plan(self, now: float, result: StepResult) -> Step:
+        self._intake.expire(now, result)
+        self._intake.fetch(result)
         budget = self.scheduler.prompt_budget()
         routed: list[Live | Question] = []
         tokens = 0
@@ -157,12 +159,11 @@ class Engine:
                     break
                 routed.append(queue.popleft())
                 tokens += length
-        plan = self.scheduler.plan(max(budget.total - tokens, budget.total - budget.routing))
-        now = time.monotonic()
+        plan = self.scheduler.plan(max(budget.total - tokens, budget.total - budget.routing), now)
         for chunk in plan.prefill:
             live = self._roster.of(chunk.sequence)
             live.times.admitted = live.times.admitted or now
-        return Step(plan, routed, [tuple(self._router_reads(item)) for item in routed])
+        return Step(plan, routed, [tuple(self._router_reads(item)) for item in routed], self._intake.decide)
 
     def _router_reads(self, item: Live | Question) -> Many[int]:
         ids = item.ids if isinstance(item, Question) else item.request.prompt_ids
@@ -170,123 +171,111 @@ class Engine:
 
     # -- conclude -----------------------------------------------------------------------------------
 
-    def _conclude(self, step: Step, conclusion: Conclusion, started: float) -> StepResult:
-        result = StepResult()
-        gaps: list[float] = []
-        generated = 0
+    def _conclude(self, step: Step, conclusion: Conclusion, result: StepResult) -> None:
         for sequence, error in conclusion.failed:
-            self._roster.fail(self._roster.of(sequence), _request_fault(error), result)
+            self._fail(self._roster.of(sequence), error, result)
         for item, features in conclusion.routed:
-            self._routed(item, features, result)
-        for sequence, count in conclusion.advanced:
-            sequence.computed += count
+            self._intake.routed(item, features, result)
         if conclusion.logits is not None:
-            lives = [self._roster.of(sequence) for sequence in conclusion.sampled]
-            now = time.monotonic()
-            for live, token in zip(lives, _sample(conclusion.logits, lives), strict=True):
-                if isinstance(token, Exception):
-                    self._roster.fail(live, _request_fault(token), result)
-                    continue
-                generated += 1
-                if live.times.last_token is None:
-                    live.times.first_token = now
-                else:
-                    gaps.append(now - live.times.last_token)
-                live.times.last_token = now
-                self._accept(live, token, result)
-        self._watch(conclusion, generated, result)
-        result.stats = StepStats(
-            mode=conclusion.mode,
-            seconds=time.monotonic() - started,
-            decode_rows=len(step.plan.decode),
-            prefill_tokens=sum(chunk.count for chunk in step.plan.prefill),
-            generated_tokens=generated,
-            active_experts=conclusion.active_experts,
-            patterns=conclusion.patterns,
-            rebuilt=conclusion.rebuilt,
-            inter_token_seconds=tuple(gaps),
-            routed_requests=sum(isinstance(item, Live) for item in step.routed),
-            route_seconds=time.monotonic() - started if step.routed else 0.0,
-        )
-        return result
+            for rows in conclusion.prompts:
+                self._prompt(rows, conclusion.logits, result)
+            self._tokens(conclusion, result)
+        else:
+            self._advance(conclusion, result)
+        hopeless = bool(conclusion.failed) and not conclusion.advanced
+        self._failures = self._failures + 1 if hopeless else 0
+        if self._failures >= _FATAL_AFTER:
+            result.broken = f"{self._failures} steps in a row failed: {conclusion.failed[-1][1]}"
 
-    def _accept(self, live: Live, token: int, result: StepResult) -> None:
-        params = live.request.sampling
-        sequence = live.sequence
+    def _tokens(self, conclusion: Conclusion, result: StepResult) -> None:
+        assert conclusion.logits is not None
+        pairs = [(self._roster.of(s), row) for s, row in conclusion.sampled if self._roster.has(s)]
+        rows = [row for _, row in pairs]
+        logits = conclusion.logits if len(rows) == len(conclusion.logits) else conclusion.logits[rows]
+        chosen = sample(logits, [live.sampling for live, _ in pairs]) if pairs else []
+        for (live, _), token in zip(pairs, chosen, strict=True):
+            if isinstance(token, Exception):
+                self._fail(live, token, result)
+        self._advance(conclusion, result)
+        now = time.monotonic()
+        for (live, _), token in zip(pairs, chosen, strict=True):
+            if isinstance(token, Chosen) and live.id in self._roster:
+                self._accept(live, token, conclusion.mode, now, result)
+
+    def _advance(self, conclusion: Conclusion, result: StepResult) -> None:
+        """What was computed is good, now that nobody's logits have said otherwise."""
+        for sequence, count in conclusion.advanced:
+            if self._roster.has(sequence):
+                self._intake.settled(self._roster.of(sequence), result)
+                self.scheduler.advanced(sequence, count)
+
+    def _accept(self, live: Live, chosen: Chosen, mode: StepMode, now: float, result: StepResult) -> None:
+        params, sequence, token = live.request.sampling, live.sequence, chosen.token
+        result.generated += 1
+        live.merged += mode == "merged"
+        if live.times.last_token is None:
+            live.times.first_token = now
+        else:
+            result.gaps.append(now - live.times.last_token)
+        live.times.last_token = now
         sequence.tokens.append(token)
         try:
             live.sampling.record(token)
             enough = sequence.generated >= params.min_tokens
             if enough and token in live.sampling.ends:
-                stop = token if token in params.stop_token_ids else None
-                self._roster.finish(live, "stop", stop, result)
+                self._finish(live, "stop", token if token in params.stop_token_ids else None, result)
                 return
             text = live.text.push(token, may_stop=enough)
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
-            self._roster.fail(live, _request_fault(error), result)
+            self._fail(live, error, result)
             return
-        result.events.append((live.id, TextDelta(text, (token,))))
+        logprobs = (chosen.logprobs,) if chosen.logprobs is not None else ()
+        result.events.append((live.id, TextDelta(text, (token,), logprobs)))
         if live.text.stopped_by is not None:
-            self._roster.finish(live, "stop", live.text.stopped_by, result)
+            self._finish(live, "stop", live.text.stopped_by, result)
         elif sequence.generated >= params.max_tokens:
-            self._roster.finish(live, "length", None, result)
+            self._finish(live, "length", None, result)
 
-    def _routed(self, item: Live | Question, features: Tensor | Exception | None, result: StepResult) -> None:
-        if isinstance(item, Question):
-            missing = RequestFailedError("this bundle has no router, so prompts have no features")
-            item.answer(missing if features is None else features)
+    def _prompt(self, rows: PromptRows, logits: Tensor, result: StepResult) -> None:
+        if not self._roster.has(rows.sequence):
             return
-        if item.id not in self._roster:
-            return
+        live = self._roster.of(rows.sequence)
+        count = live.request.sampling.prompt_logprobs or 0
+        targets = rows.sequence.tokens[rows.first : rows.first + rows.end - rows.begin]
         try:
-            if isinstance(features, Exception):
-                raise features
-            choice = item.request.routing
-            pattern, outcome = self.dispatcher.route(_required(features), choice)
+            found = prompt_logprobs(logits[rows.begin : rows.end], targets, count)
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
-            self._roster.fail(item, _request_fault(error), result)
+            self._fail(live, error, result)
             return
-        self._roster.start(item, pattern, outcome)
+        live.prompt = [*live.prompt[: rows.first - 1], *found]
 
-    def _watch(self, conclusion: Conclusion, generated: int, result: StepResult) -> None:
-        hopeless = bool(conclusion.failed) and not generated and not conclusion.advanced
-        self._failures = self._failures + 1 if hopeless else 0
-        if self._failures >= _FATAL_AFTER:
-            result.broken = f"{self._failures} steps in a row failed: {conclusion.failed[-1][1]}"
+    def _finish(self, live: Live, reason: str, stop: str | int | None, result: StepResult) -> None:
+        self._roster.finish(live, "stop" if reason == "stop" else "length", stop, result)
+        self._intake.ended(live, result)
 
-    def _open(self, request: GenerationRequest, arrived: float) -> Live:
-        params = request.sampling
-        ends = self._end_ids if not params.ignore_eos else frozenset[int]()
-        return Live(
-            request,
-            Sequence(request),
-            RowState.start(params, request.prompt_ids, ends | params.stop_token_ids),
-            TextStream(self._backend, request.prompt_ids, params.stop),
-            Times(arrived),
+    def _fail(self, live: Live, error: Exception, result: StepResult) -> None:
+        self._roster.fail(live, as_request_error(error), result)
+        self._intake.ended(live, result)
+
+    def _forget(self, key: ExpertKey) -> None:
+        """Nobody needs a generation any more: give back everything that was made of it."""
+        self.residency.forget(key)
+        self.scheduler.forget(key)
+        if self.merged is not None:
+            self.merged.forget(key)
+
+    def _stats(self, step: Step, conclusion: Conclusion, result: StepResult, seconds: float) -> StepStats:
+        return StepStats(
+            mode=conclusion.mode,
+            seconds=seconds,
+            decode_rows=len(step.plan.decode),
+            prefill_tokens=sum(chunk.count for chunk in step.plan.prefill),
+            generated_tokens=result.generated,
+            active_experts=conclusion.active_experts,
+            patterns=conclusion.patterns,
+            rebuilt=conclusion.rebuilt,
+            preemptions=len(step.plan.preempted),
+            inter_token_seconds=tuple(result.gaps),
+            routed_requests=sum(isinstance(item, Live) for item in step.routed),
+            route_seconds=seconds if step.routed else 0.0,
         )
-
-
-def _sample(logits: Tensor, lives: Many[Live]) -> Many[int | Exception]:
-    """Tokens for all rows; if the batch cannot be sampled as one, each row by itself."""
-    try:
-        return sample(logits, [live.sampling for live in lives])
-    except Exception:  # noqa: BLE001 found again below, row by row
-        chosen: list[int | Exception] = []
-        for row, live in enumerate(lives):
-            try:
-                chosen.extend(sample(logits[row : row + 1], [live.sampling]))
-            except Exception as error:  # noqa: BLE001 belongs to this row alone
-                chosen.append(error)
-        return chosen
-
-
-def _required(features: Tensor | None) -> Tensor:
-    if features is None:
-        raise RequestFailedError("this bundle has no router; name an expert as model, or give gates")
-    return features
-
-
-def _request_fault(error: Exception) -> TwinserveError:
-    if isinstance(error, TwinserveError):
-        return error
-    return RequestFailedError(f"{type(error).__name__} while generating: {error}")

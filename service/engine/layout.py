@@ -4,17 +4,29 @@ Packing order: one token for each decoding sequence, then the prompt chunks, the
 The first two kinds live in the KV cache; routed prompts are read once and leave nothing behind.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+Tables = Sequence[Sequence[int]]
+"""Block ids of one sequence, for every KV group; index = position // BLOCK_TOKENS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One token of a decoding sequence, at `position`."""
+
+    position: int
+    tables: Tables
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [begin, end) of the pack are positions [start, start + end - begin) of KV row `row`."""
+    """Tokens [begin, end) of the pack are positions [start, start + end - begin) of one sequence."""
 
     begin: int
     end: int
-    row: int
     start: int
+    tables: Tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +42,16 @@ class PackLayout:
     """One step.
 
     Attributes:
-        decode_rows: KV row of each decoding token, ascending.
-        decode_positions: its position in the sequence.
+        decode: token i of the pack belongs to decode[i].
         chunks: prompt chunks, in packing order after the decoding tokens.
         segments: prompts to route, in packing order after the chunks.
     """
 
-    decode_rows: tuple[int, ...] = ()
-    decode_positions: tuple[int, ...] = ()
+    decode: tuple[Decode, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     segments: tuple[Segment, ...] = ()
 
     @property
     def cached_tokens(self) -> int:
         """How many leading tokens of the pack are written to the KV cache."""
-        return self.chunks[-1].end if self.chunks else len(self.decode_rows)
+        return self.chunks[-1].end if self.chunks else len(self.decode)

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from service.core import GenerationRequest, Pattern, RequestStats, RoutingOutcome, Usage
-from service.engine.sampler import RowState
+from service.core import GenerationRequest, Pattern, RequestStats, RoutingOutcome, TokenLogprobs, Usage
+from service.engine.sampling.state import RowState
 from service.engine.text import TextStream
 from service.scheduler.sequence import Sequence
 
@@ -30,6 +30,8 @@ class Live:
     Attributes:
         outcome: gates and generations; set by routing, or at once when the client named the gates.
         pattern: the lease that must be given back at the end.
+        prompt: log-probabilities of the prompt's tokens but the first, as far as they are known.
+        merged: tokens that materialised weights made.
     """
 
     request: GenerationRequest
@@ -39,6 +41,8 @@ class Live:
     times: Times
     pattern: Pattern | None = None
     outcome: RoutingOutcome | None = None
+    prompt: list[TokenLogprobs] = field(default_factory=list)
+    merged: int = 0
 
     @property
     def id(self) -> str:
@@ -53,7 +57,14 @@ class Live:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(self.sequence.prompt_length, self.sequence.generated)
+        return Usage(self.sequence.prompt_length, self.sequence.generated, self.sequence.cached)
+
+    @property
+    def told(self) -> RoutingOutcome | None:
+        """What the answer says of its gates."""
+        if self.outcome is not None and 2 * self.merged > self.sequence.generated:
+            return replace(self.outcome, mode="merged")
+        return self.outcome
 
     def stats(self, reason: str) -> RequestStats:
         """Times and counts at the end."""

@@ -1,19 +1,42 @@
-"""The shared expert as the engine runs it: an unmodified HF model, checked, with slot attention and gating."""
+"""The shared expert as the engine runs it: an unmodified HF model, checked, with paged attention and gating.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+On a CPU its decoder layers run compiled where their structure is recognised; everything else, and every
+other model, runs as transformers wrote it.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from experts.routing import FeatureSpec, decoder_layers, pool
+from service.core import Pattern
 from service.engine import attention
-from service.engine.attention import KvCache
-from service.engine.layout import Chunk, PackLayout, Segment
+from service.engine.attention import PagedAttention
+from service.engine.cache import KvCache
+from service.engine.layout import PackLayout, Segment
 from service.errors import ExpertRejectedError
-from service.gating.bank import ExpertBank
+from service.gating.bank import ExpertBank, GatePlan
+from service.native import prepack
+from service.native.build import NativeUnavailableError
+from service.native.decoder import SHARED_BASE, NativeDecoder
+from service.native.memory import page_out
+from service.native.parts import UnrecognisedError, find_parts
+
+_log = logging.getLogger(__name__)
+
+NativeChoice = Literal["auto", "on", "off"]
+
+_PROBED = 24
+"""Tokens of the probing pass, at least."""
+
+_CLOSE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+"""Largest relative difference of logits at which compiled layers count as the model's own."""
 
 
 class UnsupportedModelError(ExpertRejectedError):
@@ -23,16 +46,71 @@ class UnsupportedModelError(ExpertRejectedError):
 
 
 @dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How the shared model is held.
+
+    Attributes:
+        kv_bytes: what the KV cache may take; at least one longest sequence always fits.
+        max_tokens: most tokens of one sequence.
+        chunk_tokens: most prompt tokens of one sequence in a step.
+        pack_base: reorder base weights for the processor where that gains.
+        native: compiled decoder layers: where they work, insist on them, or never.
+        native_cache: folder of compiled libraries; None is the user's own.
+    """
+
+    kv_bytes: int = 2**28
+    max_tokens: int = 4096
+    chunk_tokens: int = 1024
+    pack_base: bool = True
+    native: NativeChoice = "auto"
+    native_cache: Path | None = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """One packed step.
+
+    Attributes:
+        tokens, positions: (tokens,) each, in packing order.
+        kept: indices of the tokens whose logits are wanted.
+        counts: tokens of every sequence, in packing order, segments included.
+        keeps: how many of them are kept (0 or 1).
+        patterns: gates of every sequence in the layers from the routing depth on.
+        lower: gates below the routing depth; differs from `patterns` where routing is single-pass.
+        late: sequences whose gates are found at the routing depth: index → the token range that the router reads.
+        decide: given such an index and the features (d,) float32, the gates; asked once a step for each.
+        base: weight set of the decoder layers.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    layout: PackLayout = field(default_factory=PackLayout)
+    kept: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    keeps: list[int] = field(default_factory=list)
+    patterns: list[Pattern] = field(default_factory=list)
+    lower: list[Pattern] = field(default_factory=list)
+    late: Mapping[int, Segment] = field(default_factory=dict)
+    decide: Callable[[int, Tensor], Pattern] | None = None
+    base: int = SHARED_BASE
+
+
+@dataclass(frozen=True, slots=True)
 class Forward:
     """What one packed pass gives.
 
     Attributes:
         logits: (kept tokens, vocabulary) in the model's dtype.
-        features: (segments, feature width) float32, one for every prompt that was routed.
+        features: (segments, feature width) float32, one for every prompt that was routed; None without a router.
     """
 
     logits: Tensor
     features: Tensor | None
+    gates: GatePlan
+
+
+class _Reached(Exception):  # noqa: N818 - ends a pass early, nothing is wrong
+    """Only routed prompts are in the step, and the router has what it reads."""
 
 
 class SharedModel:
@@ -40,21 +118,20 @@ class SharedModel:
 
     Args:
         path: an ordinary HF folder.
-        rows: KV rows.
-        max_tokens: most tokens of one sequence.
         spec: which hidden state the router reads; None without a router.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served exactly, or compiled layers were insisted on in vain.
     """
 
     def __init__(
         self,
         path: Path,
+        options: ModelOptions,
         *,
-        rows: int,
-        max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
         spec: FeatureSpec | None,
-        pack_base: bool = True,
     ) -> None:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_config(config)
@@ -69,12 +146,21 @@ class SharedModel:
         self.model.train(False).requires_grad_(False).to(device)
         self.device = device
         self.spec = spec
-        self.cache = KvCache(rows, max_tokens)
-        attention.attach(self.model, self.cache)
-        self.bank = ExpertBank(self.model, pack_base=pack_base)
+        self.options = options
+        self.cache = KvCache()
+        self._attention = PagedAttention(self.cache)
+        attention.attach(self.model, self._attention)
+        self._depth = self._routing_depth()
+        plain = self._first_pass()
+        self.cache.allocate(options.kv_bytes, options.max_tokens, options.chunk_tokens, dtype, device)
+        self.native = self._compiled(plain)
+        self.bank = ExpertBank(self.model, native=self.native, pack_base=options.pack_base)
         self._hidden: Tensor | None = None
-        self._capture()
+        self._batch: Batch | None = None
+        self._hook()
         self._probe()
+        if self.bank.packed or (self.native is not None and self.native.packed):
+            page_out(self.model.parameters())
 
     @property
     def vocabulary(self) -> int:
@@ -84,63 +170,195 @@ class SharedModel:
         return embedding.shape[0]
 
     @torch.inference_mode()
-    def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], layout: PackLayout, kept: Sequence[int]
-    ) -> Forward:
-        """One packed pass. `bank.begin_step` must have set the gates.
+    def forward(self, batch: Batch) -> Forward:
+        """One packed pass."""
+        placement = self.cache.place(batch.layout, batch.positions)
+        if self.native is not None:
+            self.native.begin(placement)
+            return self._native_pass(self.native, batch)
+        self._attention.begin(batch.layout, placement, self.device)
+        return self._own_pass(batch)
 
-        Args:
-            tokens, positions: (tokens,) each, in packing order.
-            kept: indices of the tokens whose logits are wanted.
-        """
-        self.cache.begin(layout, self.device)
-        self._hidden = None
-        output = self.model(
-            input_ids=torch.tensor(tokens, device=self.device)[None],
-            position_ids=torch.tensor(positions, device=self.device)[None],
-            use_cache=False,
-            logits_to_keep=torch.tensor(kept, dtype=torch.long, device=self.device),
-        )
-        features = self._features(layout.segments) if layout.segments else None
-        return Forward(output.logits[0], features)
+    # -- compiled layers ----------------------------------------------------------------------------
 
-    def _features(self, segments: Sequence[Segment]) -> Tensor | None:
-        if self.spec is None:
+    def _native_pass(self, native: NativeDecoder, batch: Batch) -> Forward:
+        parts, layers = native.parts, len(native.parts.layers)
+        plan = self.bank.set_gates(batch.lower, batch.counts, batch.keeps)
+        hidden: Tensor = parts.embedding(torch.tensor(batch.tokens)[None])[0].contiguous()
+        features: Tensor | None = None
+        segments = batch.layout.segments
+        parted = bool(segments or batch.late) or batch.lower != batch.patterns
+        middle = self._depth if self._depth is not None and parted else 0
+        if middle:
+            hidden = native.run(hidden, 0, middle, batch.base)
+            features = self._pooled(hidden, segments)
+            self._decide_late(batch, hidden)
+            plan = self._upper(batch, plan)
+            hidden = hidden[: batch.layout.cached_tokens]
+        if hidden.shape[0]:
+            hidden = native.run(hidden, middle, layers, batch.base)
+        if features is None and segments and self.spec is not None:
+            with self.bank.after_layers(kept=False):
+                states = parts.norm(hidden[batch.layout.cached_tokens :][None])[0]
+            begin = batch.layout.cached_tokens
+            features = self._pooled(states, [Segment(s.begin - begin, s.end - begin) for s in segments])
+        if not batch.kept:
+            return Forward(hidden.new_empty(0, self.vocabulary), features, plan)
+        chosen = hidden[batch.kept] if len(batch.kept) < hidden.shape[0] else hidden
+        with self.bank.after_layers(kept=True):
+            return Forward(parts.head(parts.norm(chosen[None]))[0], features, plan)
+
+    def _compiled(self, plain: Tensor) -> NativeDecoder | None:
+        """The compiled layers if they are wanted, can be had, and give the model's own logits."""
+        choice = self.options.native
+        if choice == "off":
             return None
-        assert self._hidden is not None
-        hidden = self._hidden[0]
-        return torch.stack([pool(hidden[s.begin : s.end], self.spec.pooling) for s in segments])
+        try:
+            if self.device.type != "cpu" or self.model.dtype not in _CLOSE:
+                raise UnrecognisedError(
+                    f"compiled layers are for float32 and bfloat16 on a CPU, not {self.device}"
+                )
+            parts = find_parts(self.model, self.options.max_tokens)
+            shapes = [
+                replace(shape, group=self.cache.layers[layer].group)
+                for layer, shape in sorted(self.cache.seen.items())
+            ]
+            pack = self.options.pack_base and self.model.dtype is torch.bfloat16 and prepack.available()
+            native = NativeDecoder(parts, shapes, pack=pack, cache=self.options.native_cache)
+            ordered = [self.cache.layers[layer] for layer in sorted(self.cache.layers)]
+            native.set_cache([layer.keys for layer in ordered], [layer.values for layer in ordered])
+            self._compare(native, plain)
+        except (UnrecognisedError, NativeUnavailableError) as error:
+            if choice == "on":
+                raise UnsupportedModelError(f"TWINSERVE_NATIVE=on, but: {error}") from error
+            _log.info("decoder layers run uncompiled: %s", error)
+            return None
+        return native
 
-    def _capture(self) -> None:
-        """Keep the hidden state that the router reads, from inside the same pass."""
+    @torch.inference_mode()
+    def _compare(self, native: NativeDecoder, plain: Tensor) -> None:
+        tokens = self._probe_tokens()
+        segment = PackLayout(segments=(Segment(0, len(tokens)),))
+        native.begin(self.cache.place(segment, range(len(tokens))))
+        hidden = native.parts.embedding(torch.tensor(tokens)[None])[0].contiguous()
+        hidden = native.run(hidden, 0, len(native.parts.layers))
+        got = native.parts.head(native.parts.norm(hidden[None]))[0].to(torch.float32)
+        wanted = plain.to(torch.float32)
+        difference = float((got - wanted).norm() / wanted.norm())
+        if not difference <= _CLOSE[self.model.dtype]:
+            raise UnrecognisedError(f"compiled logits differ from the model's own by {difference:.3f}")
+
+    # -- the model's own layers ---------------------------------------------------------------------
+
+    def _own_pass(self, batch: Batch) -> Forward:
+        plan = self.bank.set_gates(batch.lower, batch.counts, batch.keeps)
+        self._batch = batch
+        try:
+            output = self.model(
+                input_ids=torch.tensor(batch.tokens, device=self.device)[None],
+                position_ids=torch.tensor(batch.positions, device=self.device)[None],
+                use_cache=False,
+                logits_to_keep=torch.tensor(batch.kept, dtype=torch.long, device=self.device),
+            )
+            logits = output.logits[0]
+        except _Reached:
+            logits = torch.empty(0, self.vocabulary, dtype=self.model.dtype, device=self.device)
+        finally:
+            self._batch = None
+        # The hook has seen to it that these are this pass's.
+        features = None if self._hidden is None else self._pooled(self._hidden, batch.layout.segments)
+        return Forward(logits, features, plan)
+
+    def _hook(self) -> None:
+        """Inside the model's own pass: keep what the router reads, and set the gates that hold from there on."""
         if self.spec is None:
             return
 
-        def keep(_module: object, _args: object, output: object) -> None:
+        def reached(_module: object, _args: object, output: object) -> None:
             hidden = getattr(output, "last_hidden_state", output)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             assert isinstance(hidden, Tensor)
-            self._hidden = hidden
+            self._hidden = hidden[0]
+            batch = self._batch
+            if batch is None or self._depth is None:
+                return
+            if not batch.layout.cached_tokens:
+                raise _Reached
+            if batch.late or batch.lower != batch.patterns:
+                self._decide_late(batch, hidden[0])
+                self.bank.set_gates(batch.patterns, batch.counts, batch.keeps)
 
-        if self.spec.layer == -1:
-            self.model.base_model.register_forward_hook(keep)
+        if self._depth is None:
+            self.model.base_model.register_forward_hook(reached)
         else:
-            decoder_layers(self.model)[self.spec.layer - 1].register_forward_hook(keep)
+            decoder_layers(self.model)[self._depth - 1].register_forward_hook(reached)
+
+    # -- both ---------------------------------------------------------------------------------------
+
+    def _upper(self, batch: Batch, plan: GatePlan) -> GatePlan:
+        """Set the gates of the layers from the routing depth on; tokens of segments are gone by then."""
+        cached = len(batch.counts) - len(batch.layout.segments)
+        upper = self.bank.set_gates(batch.patterns[:cached], batch.counts[:cached], batch.keeps[:cached])
+        return GatePlan(max(plan.active, upper.active), plan.repacked or upper.repacked)
+
+    def _decide_late(self, batch: Batch, hidden: Tensor) -> None:
+        assert not batch.late or (batch.decide is not None and self.spec is not None)
+        for index, part in batch.late.items():
+            assert batch.decide is not None
+            assert self.spec is not None
+            batch.patterns[index] = batch.decide(
+                index, pool(hidden[part.begin : part.end], self.spec.pooling).cpu()
+            )
+
+    def _pooled(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor | None:
+        if self.spec is None or not segments:
+            return None
+        return torch.stack([pool(hidden[s.begin : s.end], self.spec.pooling) for s in segments])
+
+    def _routing_depth(self) -> int | None:
+        """The decoder layer whose output the router reads; None where it reads the end of the model."""
+        if self.spec is None or self.spec.layer == -1:
+            return None
+        layers = len(decoder_layers(self.model))
+        if not self.spec.layer <= layers:
+            raise UnsupportedModelError(
+                f"the router reads layer {self.spec.layer}, the model has {layers}; rebuild the router"
+            )
+        return self.spec.layer
+
+    def _probe_tokens(self) -> list[int]:
+        """A count of tokens that differs from every head count, so that axes cannot be confused."""
+        text = self.model.config.get_text_config()
+        sizes = {
+            getattr(text, name, 0) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+        }
+        count = next(count for count in range(_PROBED, _PROBED + 4) if count not in sizes)
+        return [index % self.vocabulary for index in range(count)]
 
     @torch.inference_mode()
-    def _probe(self) -> None:
-        """One small pass that checks that attention is ours in every layer and lets norms find their axes."""
-        count = _probe_length(self.model.config)
-        tokens = [index % self.vocabulary for index in range(count)]
-        chunk = PackLayout(chunks=(Chunk(0, count, row=0, start=0),))
-        problems = self.bank.probe(count, lambda: self.forward(tokens, range(count), chunk, [count - 1]))
+    def _first_pass(self) -> Tensor:
+        """The plain model's logits for the probing tokens; attention learns every layer's shape in it."""
+        tokens = self._probe_tokens()
+        layout = PackLayout(segments=(Segment(0, len(tokens)),))
+        self._attention.begin(layout, self.cache.place(layout, range(len(tokens))), self.device)
+        found: Tensor = self.model(
+            input_ids=torch.tensor([tokens], device=self.device),
+            position_ids=torch.arange(len(tokens), device=self.device)[None],
+            use_cache=False,
+        ).logits[0]
         layers = self.model.config.get_text_config().num_hidden_layers
-        if len(self.cache.layers) != layers or problems:
+        if len(self.cache.seen) != layers:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__}: {len(self.cache.layers)} of {layers} layers attend through the cache"
-                + (f"; {problems[0]}" if problems else "")
-                + "; serve a model whose layers all use transformers' attention interface"
+                f"{type(self.model).__name__}: {len(self.cache.seen)} of {layers} layers attend through the cache; "
+                "serve a model whose layers all use transformers' attention interface"
             )
+        return found
+
+    def _probe(self) -> None:
+        """The same pass with gating in place, in which norms find their axes."""
+        problems = self.bank.probe(len(self._probe_tokens()), self._first_pass)
+        if problems:
+            raise UnsupportedModelError(f"{type(self.model).__name__}: {problems[0]}")
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -175,10 +393,3 @@ def check_config(config: PreTrainedConfig) -> None:
                 f"{kind}: rope_type {parameters['rope_type']!r} depends on the longest position in the batch; "
                 "set a static rope_type in config.json"
             )
-
-
-def _probe_length(config: PreTrainedConfig) -> int:
-    """A token count that differs from every head count, so that axes cannot be confused."""
-    text = config.get_text_config()
-    heads = {getattr(text, name, 0) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
-    return next(count for count in (5, 7, 11, 13) if count not in heads)

@@ -1,8 +1,8 @@
 """The live requests of an engine, from acceptance to the one terminal event that each gets."""
 
-import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 from service.core import (
@@ -11,15 +11,12 @@ from service.core import (
     Failed,
     Finished,
     FinishReason,
-    Pattern,
     RequestStats,
-    RoutingOutcome,
     StepStats,
     TextDelta,
 )
 from service.engine.live import Live
-from service.engine.model import SharedModel
-from service.errors import TwinserveError
+from service.errors import DeadlineExceededError, TwinserveError
 from service.scheduler.catalogue import Catalogue
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.sequence import Sequence
@@ -30,26 +27,41 @@ class StepResult:
     """What a step made: events by request id in order, and statistics.
 
     Attributes:
+        generated: tokens.
+        gaps: seconds between two tokens of one sequence.
         broken: set when the engine is beyond help; the events must still be delivered.
     """
 
     events: list[tuple[str, Event]] = field(default_factory=list)
     ended: list[RequestStats] = field(default_factory=list)
+    generated: int = 0
+    gaps: list[float] = field(default_factory=list)
     stats: StepStats | None = None
     broken: str | None = None
 
 
 class Roster:
-    """Who is live, and how they come and go. However a request ends, its row and its lease are given back.
+    """Who is live, and how they come and go. However a request ends, its blocks and its lease are given back.
+
+    Args:
+        forget: called with generations that nobody needs any more.
+        wipe: called with (KV group, block) pairs whose values may not be finite.
 
     Attributes:
         unrouted: requests that wait for the router's word, in order of arrival.
     """
 
-    def __init__(self, model: SharedModel, scheduler: Scheduler, catalogue: Catalogue) -> None:
-        self._model = model
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        catalogue: Catalogue,
+        forget: Callable[[ExpertKey], None],
+        wipe: Callable[[Many[tuple[int, int]]], None],
+    ) -> None:
         self._scheduler = scheduler
         self._catalogue = catalogue
+        self._forget = forget
+        self._wipe = wipe
         self._live: dict[str, Live] = {}
         self._by_sequence: dict[int, Live] = {}
         self.unrouted: deque[Live] = deque()
@@ -64,8 +76,12 @@ class Roster:
         """The live request of that id."""
         return self._live.get(request_id)
 
+    def has(self, sequence: Sequence) -> bool:
+        """The sequence's request is live."""
+        return id(sequence) in self._by_sequence
+
     def of(self, sequence: Sequence) -> Live:
-        """The live request behind a scheduled sequence."""
+        """The live request behind a sequence."""
         return self._by_sequence[id(sequence)]
 
     def all(self) -> list[Live]:
@@ -77,13 +93,6 @@ class Roster:
         self._live[live.id] = live
         self._by_sequence[id(live.sequence)] = live
 
-    def start(self, live: Live, pattern: Pattern, outcome: RoutingOutcome) -> None:
-        """Its gates are known and leased: queue it for a row."""
-        live.pattern = live.sequence.pattern = pattern
-        live.outcome = outcome
-        live.times.routed = time.monotonic()
-        self._scheduler.add(live.sequence)
-
     def finish(
         self, live: Live, reason: FinishReason, stop_reason: str | int | None, result: StepResult
     ) -> None:
@@ -92,26 +101,26 @@ class Roster:
             rest = live.text.finish()
             if rest:
                 result.events.append((live.id, TextDelta(rest, ())))
-        result.events.append((live.id, Finished(reason, live.usage, live.outcome, stop_reason)))
+        prompt = tuple(live.prompt) if live.request.sampling.prompt_logprobs is not None else None
+        result.events.append((live.id, Finished(reason, live.usage, live.told, stop_reason, prompt)))
         self._drop(live, reason, result)
 
     def fail(self, live: Live, error: TwinserveError, result: StepResult) -> None:
         """End a request in an error."""
         result.events.append((live.id, Failed(error)))
-        self._drop(live, "error", result)
+        self._drop(live, "timeout" if isinstance(error, DeadlineExceededError) else "error", result)
 
     def free(self, keys: Iterable[ExpertKey]) -> None:
         """Give back the memory of generations that nobody needs."""
         for key in keys:
-            self._model.bank.remove(key)
+            self._forget(key)
 
     def _drop(self, live: Live, reason: str, result: StepResult) -> None:
-        row = live.sequence.row
-        if row is not None and reason not in ("stop", "length"):
-            # Nobody has looked at all of its values: NaN would reach the row's next sequence through
-            # masked positions.
-            self._model.cache.wipe(row, len(live.sequence.tokens))
-        self._scheduler.remove(live.sequence)
+        # Nothing that a failed request computed is trusted: it is not found
+        # again, and it is wiped, since NaN would reach a block's next owner through masked positions.
+        unproven = self._scheduler.remove(live.sequence, reusable=reason != "error")
+        if unproven:
+            self._wipe(unproven)
         if live in self.unrouted:
             self.unrouted.remove(live)
         del self._live[live.id]

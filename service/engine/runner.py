@@ -1,20 +1,26 @@
 """One planned step through the model: pack, gate, forward. A fault is pinned to the sequences that cause it."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from service.core import Pattern, StepMode
-from service.engine.layout import Chunk, PackLayout, Segment
+from service.engine.layout import Chunk, Decode, PackLayout, Segment
 from service.engine.live import Live, Question
-from service.engine.model import SharedModel
-from service.scheduler.scheduler import PrefillChunk, StepPlan
+from service.engine.merged import MergedWeights
+from service.engine.model import Batch, SharedModel
+from service.native.decoder import SHARED_BASE
+from service.scheduler.plan import PrefillChunk, StepPlan
 from service.scheduler.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 _SHARED = Pattern()
+
+Decide = Callable[[Sequence, Tensor], Pattern]
+"""The gates of a single-pass sequence, given its features (d,) float32; the same when asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +30,13 @@ class Step:
     Attributes:
         routed: requests and questions for the router.
         routed_ids: the tokens that the router reads of each.
+        decide: asked for sequences that are routed in the middle of the step.
     """
 
     plan: StepPlan
     routed: list[Live | Question] = field(default_factory=list)
     routed_ids: list[tuple[int, ...]] = field(default_factory=list)
+    decide: Decide | None = None
 
     @property
     def participants(self) -> int:
@@ -36,13 +44,29 @@ class Step:
         return len(self.plan.decode) + len(self.plan.prefill) + len(self.routed)
 
 
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Logits of prompt tokens that a request wants to know about.
+
+    Attributes:
+        first: position of the token that the first row predicts.
+        begin, end: rows of the conclusion's logits.
+    """
+
+    sequence: Sequence
+    first: int
+    begin: int
+    end: int
+
+
 @dataclass(slots=True)
 class Conclusion:
     """What came of a step.
 
     Attributes:
-        logits: (sampled, vocabulary); None if no sequence reached a token.
-        sampled: the sequence of every row of `logits`.
+        logits: (kept, vocabulary); None if no token's logits were wanted.
+        sampled: (sequence, row of `logits`) of every sequence that gets a token.
+        prompts: rows of prompt tokens.
         advanced: sequences and how many of their tokens are newly in the cache.
         routed: router input → features (d,) or the error.
         failed: sequences whose own computation raised.
@@ -53,24 +77,23 @@ class Conclusion:
     patterns: int = 0
     rebuilt: bool = False
     logits: Tensor | None = None
-    sampled: list[Sequence] = field(default_factory=list)
+    sampled: list[tuple[Sequence, int]] = field(default_factory=list)
+    prompts: list[PromptRows] = field(default_factory=list)
     advanced: list[tuple[Sequence, int]] = field(default_factory=list)
     routed: list[tuple[Live | Question, Tensor | Exception | None]] = field(default_factory=list)
     failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
 
 
 @torch.inference_mode()
-def run_step(model: SharedModel, step: Step) -> Conclusion:
+def run_step(model: SharedModel, step: Step, merged: MergedWeights | None = None) -> Conclusion:
     """Run a step; if it raises, run every participant alone and fail only those that raise again.
 
     Re-running is harmless: a sequence writes the same cache positions with the same values.
     """
-    for move in step.plan.moves:
-        model.cache.move(move.source, move.target, move.sequence.computed)
     if not step.participants:
         return Conclusion()
     try:
-        return _run(model, step)
+        return _run(model, step, merged)
     except Exception as error:
         if step.participants == 1:
             logger.exception("a step with one participant failed")
@@ -78,63 +101,100 @@ def run_step(model: SharedModel, step: Step) -> Conclusion:
         logger.warning("a step failed (%s); its participants run one by one", error)
     parts = [
         *(Step(StepPlan(decode=[sequence])) for sequence in step.plan.decode),
-        *(Step(StepPlan(prefill=[chunk])) for chunk in step.plan.prefill),
+        *(Step(StepPlan(prefill=[chunk]), decide=step.decide) for chunk in step.plan.prefill),
         *(Step(StepPlan(), [item], [ids]) for item, ids in zip(step.routed, step.routed_ids, strict=True)),
     ]
     return _joined([run_step(model, part) for part in parts])
 
 
-def _run(model: SharedModel, step: Step) -> Conclusion:
-    plan = step.plan
-    tokens = [sequence.tokens[sequence.computed] for sequence in plan.decode]
-    positions = [sequence.computed for sequence in plan.decode]
-    kept = list(range(len(tokens)))
-    counts = [1] * len(tokens)
-    keeps = [1] * len(tokens)
-    sampled = list(plan.decode)
-    chunks: list[Chunk] = []
+class _Packing:
+    """A batch in the making, and which of its logits belong to whom."""
+
+    def __init__(self) -> None:
+        self.batch = Batch()
+        self.sampled: list[tuple[Sequence, int]] = []
+        self.prompts: list[PromptRows] = []
+        self.chunks: list[Chunk] = []
+        self.late: dict[int, Segment] = {}
+        self.unrouted: dict[int, Sequence] = {}
+
+    def decode(self, sequence: Sequence) -> Decode:
+        """The sequence's last token."""
+        self.sampled.append((sequence, len(self.batch.kept)))
+        self._add(sequence, [sequence.tokens[sequence.computed]], sequence.computed)
+        self.batch.kept.append(len(self.batch.tokens) - 1)
+        self.batch.keeps.append(1)
+        return Decode(sequence.computed, sequence.tables)
+
+    def prefill(self, part: PrefillChunk) -> None:
+        """A run of the sequence's tokens."""
+        sequence, begin, start = part.sequence, len(self.batch.tokens), part.sequence.computed
+        if sequence.unrouted:
+            self.late[len(self.batch.counts)] = Segment(begin, begin + part.count)
+            self.unrouted[len(self.batch.counts)] = sequence
+        self._add(sequence, sequence.tokens[start : start + part.count], start)
+        self.chunks.append(Chunk(begin, len(self.batch.tokens), start, sequence.tables))
+        kept = len(self.batch.kept)
+        if sequence.request.sampling.prompt_logprobs is not None and not sequence.generated:
+            wanted = min(start + part.count, sequence.prompt_length - 1) - start
+            self.prompts.append(PromptRows(sequence, start + 1, kept, kept + wanted))
+            self.batch.kept.extend(range(begin, begin + wanted))
+        if part.count == sequence.pending:
+            self.sampled.append((sequence, len(self.batch.kept)))
+            self.batch.kept.append(len(self.batch.tokens) - 1)
+        self.batch.keeps.append(len(self.batch.kept) - kept)
+
+    def route(self, ids: tuple[int, ...]) -> Segment:
+        """A prompt that is read for the router alone."""
+        begin = len(self.batch.tokens)
+        self.batch.tokens.extend(ids)
+        self.batch.positions.extend(range(len(ids)))
+        self.batch.counts.append(len(ids))
+        self.batch.keeps.append(0)
+        self.batch.patterns.append(_SHARED)
+        self.batch.lower.append(_SHARED)
+        return Segment(begin, len(self.batch.tokens))
+
+    def _add(self, sequence: Sequence, tokens: list[int], start: int) -> None:
+        batch, pattern = self.batch, sequence.pattern or _SHARED
+        batch.tokens.extend(tokens)
+        batch.positions.extend(range(start, start + len(tokens)))
+        batch.counts.append(len(tokens))
+        batch.patterns.append(pattern)
+        batch.lower.append(_SHARED if sequence.single_pass else pattern)
+
+
+def _run(model: SharedModel, step: Step, merged: MergedWeights | None) -> Conclusion:
+    plan, packing = step.plan, _Packing()
+    decode = tuple(packing.decode(sequence) for sequence in plan.decode)
     for part in plan.prefill:
-        sequence, begin, start = part.sequence, len(tokens), part.sequence.computed
-        tokens.extend(sequence.tokens[start : start + part.count])
-        positions.extend(range(start, start + part.count))
-        chunks.append(Chunk(begin, len(tokens), _row(sequence), start))
-        complete = _completes(part)
-        if complete:
-            kept.append(len(tokens) - 1)
-            sampled.append(sequence)
-        counts.append(part.count)
-        keeps.append(int(complete))
-    segments: list[Segment] = []
-    for ids in step.routed_ids:
-        segments.append(Segment(len(tokens), len(tokens) + len(ids)))
-        tokens.extend(ids)
-        positions.extend(range(len(ids)))
-        counts.append(len(ids))
-        keeps.append(0)
-    patterns = [
-        *(s.pattern or _SHARED for s in plan.decode),
-        *(part.sequence.pattern or _SHARED for part in plan.prefill),
-        *(_SHARED for _ in segments),
-    ]
-    layout = PackLayout(
-        tuple(_row(s) for s in plan.decode),
-        tuple(positions[: len(plan.decode)]),
-        tuple(chunks),
-        tuple(segments),
-    )
-    gates = model.bank.begin_step(patterns, counts, keeps)
-    output = model.forward(tokens, positions, layout, kept)
-    features = output.features
+        packing.prefill(part)
+    segments = tuple(packing.route(ids) for ids in step.routed_ids)
+    batch = packing.batch
+    batch.layout = PackLayout(decode, tuple(packing.chunks), segments)
+    batch.late = packing.late
+    if packing.late:
+        decide = step.decide
+        assert decide is not None, "a sequence without gates, and nobody to find them"
+        batch.decide = lambda index, features: decide(packing.unrouted[index], features)
+    wanted = len(set(batch.patterns))
+    if merged is not None and not segments and batch.lower == batch.patterns:
+        batch.base = merged.choose(batch.patterns, len(batch.tokens))
+        if batch.base != SHARED_BASE:
+            batch.patterns = batch.lower = [_SHARED] * len(batch.patterns)
+    output = model.forward(batch)
+    mode: StepMode = "factored" if output.gates.active else "shared"
     return Conclusion(
-        mode=gates.mode,
-        active_experts=gates.active,
-        patterns=len(set(patterns)),
-        rebuilt=gates.repacked,
-        logits=output.logits if sampled else None,
-        sampled=sampled,
+        mode="merged" if batch.base != SHARED_BASE else mode,
+        active_experts=output.gates.active,
+        patterns=wanted,
+        rebuilt=output.gates.repacked,
+        logits=output.logits if batch.kept else None,
+        sampled=packing.sampled,
+        prompts=packing.prompts,
         advanced=[(s, 1) for s in plan.decode] + [(part.sequence, part.count) for part in plan.prefill],
         routed=[
-            (item, None if features is None else features[index].cpu())
+            (item, None if output.features is None else output.features[index].cpu())
             for index, item in enumerate(step.routed)
         ],
     )
@@ -149,24 +209,23 @@ def _failure(step: Step, error: Exception) -> Conclusion:
 
 
 def _joined(parts: list[Conclusion]) -> Conclusion:
-    logits = [part.logits for part in parts if part.logits is not None]
-    return Conclusion(
+    whole = Conclusion(
         mode="factored" if any(part.mode == "factored" for part in parts) else "shared",
         active_experts=max(part.active_experts for part in parts),
         patterns=max(part.patterns for part in parts),
         rebuilt=any(part.rebuilt for part in parts),
-        logits=torch.cat(logits) if logits else None,
-        sampled=[s for part in parts for s in part.sampled],
         advanced=[a for part in parts for a in part.advanced],
         routed=[r for part in parts for r in part.routed],
         failed=[f for part in parts for f in part.failed],
     )
-
-
-def _completes(part: PrefillChunk) -> bool:
-    return part.sequence.computed + part.count == part.sequence.prompt_length
-
-
-def _row(sequence: Sequence) -> int:
-    assert sequence.row is not None, "a sequence runs without a KV row"
-    return sequence.row
+    logits: list[Tensor] = []
+    rows = 0
+    for part in parts:
+        if part.logits is None:
+            continue
+        whole.sampled += [(sequence, rows + row) for sequence, row in part.sampled]
+        whole.prompts += [PromptRows(p.sequence, p.first, rows + p.begin, rows + p.end) for p in part.prompts]
+        logits.append(part.logits)
+        rows += len(part.logits)
+    whole.logits = torch.cat(logits) if logits else None
+    return whole

@@ -1,6 +1,7 @@
 """All experts that an engine can mix: resident factors, the working set, the gates of the current step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,12 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experts.bundle import ExpertWeights
-from service.core import ExpertKey, Pattern, StepMode
-from service.gating import prepack
+from service.core import ExpertKey, Pattern
 from service.gating.layers import GatedEmbedding, GatedLinear, GatedNorm, GateTensors, StepState
 from service.gating.resident import ResidentExpert, make_resident
 from service.gating.sites import Site, find_sites
 from service.gating.working_set import VectorBuffer, WorkingSet
+from service.native import prepack
+from service.native.decoder import NativeDecoder
 
 _FINE_WORK = 4096
 """Tokens × factor rows up to which float32 factors beat bfloat16 ones on a CPU: small bfloat16 products
@@ -25,9 +27,8 @@ _FINE_ROWS = 96
 
 @dataclass(frozen=True, slots=True)
 class GatePlan:
-    """What `ExpertBank.begin_step` set up."""
+    """What `ExpertBank.set_gates` set up."""
 
-    mode: StepMode
     active: int
     repacked: bool
 
@@ -35,27 +36,39 @@ class GatePlan:
 class ExpertBank:
     """Attaches gating to one model and owns its experts. Used by the engine thread only, but for `prepare`.
 
+    Where the compiled decoder computes a parameter, it also adds its exclusive vectors, straight from the
+    resident factors. All other parameters are gated inside their HF module, from a packed working set.
+
     Args:
         model: the shared expert; its module tree and state_dict stay untouched.
+        native: the compiled decoder layers of the model.
         pack_base: use packed base products where the processor gains from them.
     """
 
-    def __init__(self, model: PreTrainedModel, *, pack_base: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, native: NativeDecoder | None = None, pack_base: bool = True
+    ) -> None:
         self.dtype = model.dtype
         self.device = model.device
         self.sites = find_sites(model)
         self.state = StepState()
+        self._native = native
         self._resident: dict[ExpertKey, ResidentExpert] = {}
+        self._slots: dict[ExpertKey, int] = {}
+        self._free_slots: list[int] = []
+        self._packed_here: set[ExpertKey] = set()
         self._last: tuple[object, ...] | None = None
         cpu_bf16 = self.device.type == "cpu" and self.dtype is torch.bfloat16
+        inner = native.parameters if native is not None else frozenset[str]()
+        own = [site for site in self.sites if site.weight not in inner]
         self._working = WorkingSet(
-            {s.weight for s in self.sites if s.kind != "norm"},
-            {s.weight for s in self.sites if s.kind == "norm"} | {s.bias for s in self.sites if s.bias},
+            {s.weight for s in own if s.kind != "norm"},
+            {s.weight for s in own if s.kind == "norm"} | {s.bias for s in own if s.bias},
             fine=cpu_bf16,
         )
         self._fine = cpu_bf16
         self.packed = pack_base and cpu_bf16 and prepack.available()
-        for site in self.sites:
+        for site in own:
             site.module.forward = self._gated(site)
 
     def prepare(self, weights: ExpertWeights) -> ResidentExpert:
@@ -64,11 +77,27 @@ class ExpertBank:
 
     def add(self, expert: ResidentExpert) -> None:
         """Make an expert available to patterns, between two steps."""
+        if expert.key in self._resident:
+            self.remove(expert.key)
         self._resident[expert.key] = expert
+        if self._working.touches(expert):
+            self._packed_here.add(expert.key)
+        if self._native is not None:
+            slot = self._free_slots.pop() if self._free_slots else len(self._slots)
+            self._native.set_expert(
+                slot, {name: (m.a, m.b) for name, m in expert.matrices.items()}, expert.vectors
+            )
+            self._slots[expert.key] = slot
 
     def remove(self, key: ExpertKey) -> None:
         """Forget an expert that no request uses any more and give its memory back."""
         self._resident.pop(key, None)
+        self._packed_here.discard(key)
+        slot = self._slots.pop(key, None)
+        if slot is not None and self._native is not None:
+            self._clear_gates()
+            self._native.drop_expert(slot)
+            self._free_slots.append(slot)
         if key in self._working.segments:
             self._working.clear(release=True)
             self._last = None
@@ -77,26 +106,50 @@ class ExpertBank:
         """The expert's device tensors, if it is here."""
         return self._resident.get(key)
 
-    def begin_step(self, patterns: Sequence[Pattern], tokens: Sequence[int], kept: Sequence[int]) -> GatePlan:
-        """Set the gates of the coming forward pass.
+    def mergeable(self, pattern: Pattern) -> bool:
+        """Every exclusive vector of the pattern acts inside the compiled layers' matrices alone."""
+        return self._native is not None and all(
+            key not in self._packed_here and not self._resident[key].vectors for key in pattern.experts
+        )
+
+    def set_gates(self, patterns: Sequence[Pattern], tokens: Sequence[int], kept: Sequence[int]) -> GatePlan:
+        """Set the gates of the layers to come.
 
         Args:
             patterns: one for each sequence of the step, in packing order.
             tokens: how many tokens each sequence has in the step.
             kept: how many of them keep their logits (0 or 1).
+
+        Raises:
+            KeyError: an expert is not resident: a lease was broken.
         """
-        active = frozenset[ExpertKey]().union(*(pattern.experts for pattern in patterns))
-        if not active:
-            self._clear_gates()
-            return GatePlan("shared", 0, repacked=False)
-        change = self._working.ensure(active, self._resident)
         key = (tuple(patterns), tuple(tokens), tuple(kept))
-        if change.any or key != self._last:
-            table = self._table(patterns)
-            self.state.gates = self._gate_tensors(table, tokens)
-            self.state.kept = self._gate_tensors(table, kept)
+        active = frozenset[ExpertKey]().union(*(pattern.experts for pattern in patterns))
+        packed = active & self._packed_here if self._native is not None else active
+        repacked = self._working.ensure(packed, self._resident).any if packed else False
+        if key != self._last or repacked:
+            # Not known again before all of it is set: an error in between leaves half of it.
+            self._last = None
+            if self._native is not None:
+                self._mix(self._native, patterns, tokens)
+            if packed:
+                table = self._table(patterns)
+                self.state.gates = self._gate_tensors(table, tokens)
+                self.state.kept = self._gate_tensors(table, kept)
+            else:
+                self.state.gates = self.state.kept = None
             self._last = key
-        return GatePlan("factored", len(active), change.any)
+        return GatePlan(len(active), repacked)
+
+    @contextmanager
+    def after_layers(self, *, kept: bool) -> Iterator[None]:
+        """What stands behind the decoder layers sees the kept tokens alone, or routed prompts, which have no gates."""
+        held = self.state.gates
+        self.state.gates = self.state.kept if kept else None
+        try:
+            yield
+        finally:
+            self.state.gates = held
 
     def probe(self, tokens: int, forward: Callable[[], object]) -> list[str]:
         """Run one plain pass of `tokens` tokens in which layers learn their axes; returns problems found."""
@@ -114,9 +167,27 @@ class ExpertBank:
         """How many expert generations are on the device."""
         return len(self._resident)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all resident factors and of the packed copies."""
+        return sum(expert.nbytes for expert in list(self._resident.values())) + self._working.nbytes
+
     def _clear_gates(self) -> None:
         self.state.gates = self.state.kept = None
         self._last = None
+        if self._native is not None:
+            self._native.mix([], [])
+
+    def _mix(self, native: NativeDecoder, patterns: Sequence[Pattern], tokens: Sequence[int]) -> None:
+        uses: list[tuple[int, int, int]] = []
+        gates: list[float] = []
+        begin = 0
+        for pattern, count in zip(patterns, tokens, strict=True):
+            for key, weight in pattern.gates:
+                uses.append((self._slots[key], begin, begin + count))
+                gates.append(weight)
+            begin += count
+        native.mix(uses, gates)
 
     def _table(self, patterns: Sequence[Pattern]) -> Tensor:
         """(sequences, segments) float32 gates."""
@@ -124,7 +195,8 @@ class ExpertBank:
         table = torch.zeros(len(patterns), len(column))
         for row, pattern in enumerate(patterns):
             for key, weight in pattern.gates:
-                table[row, column[key]] = weight
+                if key in column:
+                    table[row, column[key]] = weight
         return table.to(self.device)
 
     def _gate_tensors(self, table: Tensor, tokens: Sequence[int]) -> GateTensors:

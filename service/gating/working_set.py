@@ -176,6 +176,13 @@ class WorkingSet:
         self._refresh()
         return Change(len(missing), repacked)
 
+    def touches(self, expert: ResidentExpert) -> bool:
+        """The expert changes a parameter that is packed here."""
+        return not (
+            self.matrices.keys().isdisjoint(expert.matrices)
+            and self.vectors.keys().isdisjoint(expert.vectors)
+        )
+
     def clear(self, *, release: bool = False) -> None:
         """Drop every segment, and its memory too if it is released; the next `ensure` packs anew."""
         self.segments = []

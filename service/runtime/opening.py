@@ -1,7 +1,8 @@
 """From a bundle on disk to a running runtime."""
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -9,20 +10,17 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from experts.bundle import Bundle
 from experts.routing import among
+from service.core import ExpertKey
+from service.engine.assembly import assemble
 from service.engine.engine import Engine
-from service.engine.model import SharedModel
-from service.engine.routing import Dispatcher, RoutingDefaults
+from service.engine.loader import BundleSource, loader_thread
 from service.errors import ExpertRejectedError
+from service.gating.slots import SlotPool
 from service.runtime.config import RuntimeConfig
 from service.runtime.runtime import Runtime
 from service.runtime.thread import StatsSink
-from service.scheduler.catalogue import Catalogue
-from service.scheduler.scheduler import Budget, Scheduler
 
 _log = logging.getLogger(__name__)
-
-_LONGEST_DEFAULT = 4096
-"""Context where neither the model nor the settings ask for less."""
 
 
 def open_runtime(bundle: Bundle, config: RuntimeConfig, stats: StatsSink | None = None) -> Runtime:
@@ -39,53 +37,66 @@ def open_runtime(bundle: Bundle, config: RuntimeConfig, stats: StatsSink | None 
     threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     config = replace(config, threads=threads)
-    with ThreadPoolExecutor(1, "twinserve-opening", torch.set_num_threads, (threads,)) as pool:
-        engine, tokenizer, end_ids = pool.submit(_open, bundle, config).result()
-    return Runtime(engine, tokenizer, bundle.manifest.name, end_ids, config, stats)
+    beside = loader_thread()
+    try:
+        with ThreadPoolExecutor(1, "twinserve-opening", torch.set_num_threads, (threads,)) as pool:
+            engine, tokenizer = pool.submit(_open, bundle, config, beside).result()
+    except BaseException:
+        beside.shutdown(wait=False, cancel_futures=True)
+        raise
+    return Runtime(engine, tokenizer, bundle.manifest.name, config, stats, beside)
 
 
-def _open(bundle: Bundle, config: RuntimeConfig) -> tuple[Engine, PreTrainedTokenizerBase, frozenset[int]]:
+def _open(bundle: Bundle, config: RuntimeConfig, beside: Executor) -> tuple[Engine, PreTrainedTokenizerBase]:
     router = bundle.router()
     tokenizer = AutoTokenizer.from_pretrained(
         bundle.shared_path, local_files_only=True, trust_remote_code=False
     )
-    model = SharedModel(
+    options = config.engine
+    longest = _context(bundle, options.model.max_tokens)
+    options = replace(options, model=replace(options.model, max_tokens=longest))
+    pool = SlotPool(
+        max_experts=config.max_experts,
+        max_bytes=config.max_expert_bytes,
+        pinned=config.pinned_experts,
+    )
+    engine = assemble(
         bundle.shared_path,
-        rows=config.max_batch,
-        max_tokens=_context(bundle, config.max_context),
+        options,
+        router,
+        tokenizer,
+        pool=pool,
+        source=BundleSource(bundle.loader()),
+        executor=beside,
         dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
         device=torch.device(_device(config.device)),
-        spec=router.spec if router is not None else None,
-        pack_base=config.pack_base,
     )
-    catalogue = _served(bundle, model)
-    end_ids = _end_ids(model, tokenizer)
-    engine = Engine(
-        model,
-        Scheduler(config.max_batch, Budget(config.prefill_step_tokens, config.prefill_chunk_tokens)),
-        Dispatcher(
-            catalogue,
-            among(router, catalogue.current()),
-            RoutingDefaults(config.router_top_k, config.router_threshold),
-        ),
-        tokenizer.backend_tokenizer,
-        end_ids,
-    )
-    return engine, tokenizer, end_ids
+    _register(bundle, engine, config.pinned_experts)
+    engine.dispatcher.router = among(router, engine.dispatcher.catalogue.current())
+    return engine, tokenizer
 
 
-def _served(bundle: Bundle, model: SharedModel) -> Catalogue:
-    """Every expert that the model takes, in its bank and in the catalogue."""
-    catalogue = Catalogue()
-    for name in bundle.expert_names():
-        try:
-            resident = model.bank.prepare(bundle.expert(name))
-        except ExpertRejectedError as error:
-            _log.error("expert %s is not served: %s", name, error)
-            continue
-        model.bank.add(resident)
-        catalogue.publish(resident.key)
-    return catalogue
+def _register(bundle: Bundle, engine: Engine, pinned: tuple[str, ...]) -> None:
+    """Put every expert into the catalogue, and as many as there are slots onto the device, pinned ones first.
+
+    Where all fit, one that the model does not take is left out; where slots are limited nobody has looked at
+    the others, and a broken one fails the requests that name it.
+    """
+    names = bundle.expert_names()
+    pool = engine.residency.pool
+    entries = {name: ExpertKey(name, bundle.entry(name).generation) for name in names}
+    open_places: Callable[[], bool] = lambda: pool.room_for(  # noqa: E731
+        len(pool) + 1, pool.used_bytes + (pool.used_bytes // len(pool) if len(pool) else 0)
+    )
+    for name in sorted(names, key=lambda name: (name not in pinned, name)):
+        if open_places():
+            try:
+                resident = engine.model.bank.prepare(bundle.expert(name))
+            except ExpertRejectedError as error:
+                _log.error("expert %s is not served: %s", name, error)
+                continue
+            engine.residency.publish(resident)
+        engine.dispatcher.catalogue.publish(entries[name])
 
 
 def _device(name: str) -> str:
@@ -94,14 +105,6 @@ def _device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _context(bundle: Bundle, limit: int | None) -> int:
+def _context(bundle: Bundle, limit: int) -> int:
     config = AutoConfig.from_pretrained(bundle.shared_path, local_files_only=True).get_text_config()
-    own = int(getattr(config, "max_position_embeddings", _LONGEST_DEFAULT))
-    return min(own, limit if limit is not None else _LONGEST_DEFAULT)
-
-
-def _end_ids(model: SharedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    configured = model.model.generation_config.eos_token_id if model.model.generation_config else None
-    ids = set(configured if isinstance(configured, list) else [configured])
-    ids.add(tokenizer.eos_token_id)
-    return frozenset(int(i) for i in ids if i is not None)
+    return min(int(getattr(config, "max_position_embeddings", limit)), limit)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from typing import TypeVar
 
 import numpy as np
@@ -56,22 +56,23 @@ class Runtime:
         engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         bundle_name: str,
-        end_ids: frozenset[int],
         config: RuntimeConfig,
         stats: StatsSink | None,
+        beside: Executor,
     ) -> None:
         self.tokenizer = tokenizer
         self.bundle_name = bundle_name
-        self.end_ids = end_ids
         self.vocab_size = engine.model.vocabulary
-        self.max_context = engine.model.cache.max_tokens
-        self.max_batch = config.max_batch
+        self.max_context = engine.model.options.max_tokens
+        self.max_batch = config.engine.limits.max_running
         self._engine = engine
-        self._limit = config.max_batch + config.max_queue
+        self._beside = beside
+        self._limit = self.max_batch + config.max_queue
         self._generations: dict[str, Generation] = {}
         self._asked = 0
         self._draining = False
         self._thread = EngineThread(engine, self._deliver, self._end_all, stats, config.threads)
+        engine.residency.loader.on_loaded = self._thread.nudge
         self._thread.start()
 
     # -- requests -----------------------------------------------------------------------------------
@@ -153,7 +154,8 @@ class Runtime:
 
     def experts(self) -> list[ExpertStatus]:
         """Every current expert, and older generations that requests still use; by name, newest first."""
-        dispatcher, bank = self._engine.dispatcher, self._engine.model.bank
+        dispatcher, residency = self._engine.dispatcher, self._engine.residency
+        bank = self._engine.model.bank
         current = set(dispatcher.catalogue.current().values())
         routed = set(dispatcher.router.names) if dispatcher.router is not None else set[str]()
         found = []
@@ -166,7 +168,8 @@ class Runtime:
                     state="active" if key in current else "retired",
                     routed=key in current and key.name in routed,
                     leases=leases,
-                    nbytes=resident.nbytes if resident else 0,
+                    nbytes=resident.nbytes if resident else residency.pool.size(key),
+                    resident=resident is not None,
                     max_rank=resident.max_rank if resident else 0,
                 )
             )
@@ -236,6 +239,7 @@ class Runtime:
         """End the engine thread; live requests get an error. Blocks until it has ended."""
         self._draining = True
         self._thread.close()
+        self._beside.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, expert: ExpertWeights) -> ResidentExpert:
         """On a worker thread, with one torch thread: see `open_runtime`."""
@@ -269,6 +273,12 @@ class Runtime:
             raise ContextLengthError(
                 f"{len(ids)} prompt tokens and max_tokens={request.sampling.max_tokens} need {wanted}; "
                 f"the context is {self.max_context}: shorten the prompt or lower max_tokens",
+                param="max_tokens",
+            )
+        if not self._engine.scheduler.fits(wanted):
+            raise ContextLengthError(
+                f"{len(ids)} prompt tokens and max_tokens={request.sampling.max_tokens} need more than the whole "
+                "KV cache (TWINSERVE_KV_CACHE_BYTES): shorten the prompt or lower max_tokens",
                 param="max_tokens",
             )
 

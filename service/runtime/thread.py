@@ -22,6 +22,9 @@ Command = Callable[[StepResult], None]
 
 _JOIN_SECONDS = 60
 
+_STALL_SECONDS = 0.05
+"""How long an engine without anything to compute sleeps before it looks at its deadlines."""
+
 
 class EngineBrokenError(RuntimeError):
     """Nothing can be computed any more."""
@@ -66,6 +69,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._inbox: deque[Command] = deque()
         self._closing = False
+        self._nudged = False
         self._thread = threading.Thread(target=self._run, name="twinserve-engine", daemon=True)
 
     def start(self) -> None:
@@ -87,6 +91,12 @@ class EngineThread:
             if self.failure is not None:
                 raise self.dead()
             self._inbox.append(command)
+            self._wake.notify()
+
+    def nudge(self) -> None:
+        """Something that a stalled engine waits for may have come; any thread, any time."""
+        with self._wake:
+            self._nudged = True
             self._wake.notify()
 
     def dead(self) -> EngineDeadError:
@@ -125,6 +135,10 @@ class EngineThread:
         with self._wake:
             while not (self._inbox or self._closing or self._engine.busy):
                 self._wake.wait()
+            if self._engine.stalled and not (self._inbox or self._closing or self._nudged):
+                # Requests wait for experts or blocks that others bring; deadlines pass meanwhile.
+                self._wake.wait(_STALL_SECONDS)
+            self._nudged = False
             if self._closing:
                 return False
             commands = list(self._inbox)

@@ -51,6 +51,12 @@ class Catalogue:
                 self._leases[key] += 1
             return Pattern(tuple(bound))
 
+    def share(self, pattern: Pattern) -> None:
+        """One more lease on generations that somebody holds, whether they are current or not."""
+        with self._lock:
+            for key in pattern.experts:
+                self._leases[key] += 1
+
     def release(self, pattern: Pattern) -> list[ExpertKey]:
         """Give a lease back; returns generations that nobody needs any more."""
         with self._lock:

@@ -64,7 +64,9 @@ class Served:
 @contextlib.contextmanager
 def serving(bundle: Path, **options: Any) -> Iterator[Served]:
     """Serve a bundle until the block ends; it must then stop by itself."""
-    settings = Settings(bundle=bundle, port=0, **{"dtype": "float32", "threads": 1, **options})
+    # The mode is fixed: what a cost model decides differs from run to run, and answers tell it.
+    fixed = {"dtype": "float32", "threads": 1, "mix_mode": "factored"}
+    settings = Settings(bundle=bundle, port=0, **{**fixed, **options})
     ready = threading.Event()
     urls: list[str] = []
 
@@ -94,6 +96,13 @@ def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def counts(answer: dict[str, Any]) -> dict[str, int]:
+    """The usage of an answer without what the prefix cache gave: that depends on who came before."""
+    usage = dict(answer["usage"])
+    assert usage.pop("prompt_tokens_details").keys() == {"cached_tokens"}
+    return usage
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:

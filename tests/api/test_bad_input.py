@@ -19,6 +19,8 @@ LIMITS: dict[str, Any] = {
     "max_messages": 4,
     "max_stop": 2,
     "max_stop_length": 5,
+    "max_logprobs": 5,
+    "max_timeout_seconds": 30,
     "max_gate": 4,
     "max_body_bytes": 20_000,
     "max_json_depth": 8,
@@ -44,6 +46,8 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("stop ids", {"stop_token_ids": [1, 2, 3]}, "stop_token_ids", "limit_exceeded"),
     ("min_tokens", {"min_tokens": 65}, "min_tokens", "limit_exceeded"),
     ("min over max", {"min_tokens": 9, "max_tokens": 8}, "min_tokens", "limit_exceeded"),
+    ("logprobs", {"logprobs": 6}, "logprobs", "limit_exceeded"),
+    ("timeout", {"timeout": 30.5}, "timeout", "limit_exceeded"),
     ("large gate", {"gates": {"alpha": 4.5}}, "gates.alpha", "limit_exceeded"),
     ("negative huge gate", {"gates": {"alpha": -1e30}}, "gates.alpha", "limit_exceeded"),
     ("many gates", {"gates": {str(i): 1 for i in range(4)}}, "gates", "limit_exceeded"),
@@ -105,14 +109,22 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("numeric stop", {"stop": 5}, "stop", "invalid_request"),
     ("stream", {"stream": "yes"}, "stream", "invalid_request"),
     ("options without stream", {"stream_options": {}}, "stream_options", "invalid_request"),
+    ("negative logprobs", {"logprobs": -1}, "logprobs", "invalid_request"),
+    ("boolean logprobs", {"logprobs": True}, "logprobs", "invalid_request"),
+    ("numeric echo", {"echo": 1}, "echo", "invalid_request"),
+    ("bias beyond", {"logit_bias": {str(VOCABULARY): 1}}, "logit_bias", "invalid_request"),
+    ("large bias", {"logit_bias": {"1": 100.5}}, "logit_bias", "invalid_request"),
+    ("text as biased", {"logit_bias": {"the": 1}}, "logit_bias", "invalid_request"),
+    ("many biases", {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "invalid_request"),
+    ("priority", {"priority": 2**31}, "priority", "invalid_request"),
+    ("fractional priority", {"priority": 0.5}, "priority", "invalid_request"),
+    ("no time", {"timeout": 0}, "timeout", "invalid_request"),
+    ("text timeout", {"timeout": "1"}, "timeout", "invalid_request"),
     ("user", {"user": "x" * 513}, "user", "invalid_request"),
     # fields
     ("unknown field", {"temprature": 1}, "temprature", "invalid_request"),
-    ("echo", {"echo": True}, "echo", "unsupported_parameter"),
-    ("logprobs", {"logprobs": 0}, "logprobs", "unsupported_parameter"),
     ("best_of", {"best_of": 2}, "best_of", "unsupported_parameter"),
     ("suffix", {"suffix": "x"}, "suffix", "unsupported_parameter"),
-    ("logit_bias", {"logit_bias": {"1": -100}}, "logit_bias", "unsupported_parameter"),
     ("prompt_logprobs", {"prompt_logprobs": 1}, "prompt_logprobs", "unsupported_parameter"),
     ("guided", {"guided_regex": "a*"}, "guided_regex", "unsupported_parameter"),
     ("continuous", {"stream": True, "stream_options": {"continuous_usage_stats": True}},
@@ -292,7 +304,7 @@ def test_a_request_that_is_refused_halfway_leaves_nothing_running(strict: Served
     answers = asyncio.run(two())
     assert sorted({answer.status_code for answer in answers}) == [200, 429]
     gauges = strict.runtime.gauges
-    assert eventually(lambda: gauges().running == gauges().waiting == gauges().kv_rows_used == 0)
+    assert eventually(lambda: gauges().running == gauges().waiting == gauges().kv_blocks_used == 0)
 
 
 def test_more_sequences_than_ever_fit_are_a_400_not_a_429(family: TinyFamily) -> None:

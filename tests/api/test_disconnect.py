@@ -22,7 +22,7 @@ BODY: dict[str, Any] = {
 def idle(server: Served) -> bool:
     gauges = server.runtime.gauges()
     leases = sum(status.leases for status in server.runtime.experts())
-    return gauges.running == gauges.waiting == gauges.kv_rows_used == leases == 0
+    return gauges.running == gauges.waiting == gauges.kv_blocks_used == leases == 0
 
 
 def test_hanging_up_on_a_stream_ends_its_sequences(server: Served) -> None:

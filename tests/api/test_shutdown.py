@@ -120,6 +120,8 @@ def test_a_drain_that_takes_too_long_ends_requests_with_an_error(family: TinyFam
         (["--port", "70000"], {}, "TWINSERVE_PORT"),
         (["--dtype", "float8"], {}, "TWINSERVE_DTYPE"),
         ([], {"TWINSERVE_MAX_TOKENS": "many"}, "TWINSERVE_MAX_TOKENS"),
+        ([], {"TWINSERVE_PREFILL_STEP": "8"}, "TWINSERVE_PREFILL_STEP: Input should be greater than"),
+        ([], {"TWINSERVE_MIX_MODE": "merged", "TWINSERVE_NATIVE": "off"}, "TWINSERVE_NATIVE is off"),
         ([], {"TWINSERVE_API_KEYS_FILE": "/nonexistent"}, "TWINSERVE_API_KEYS_FILE"),
         ([], {"TWINSERVE_ADMIN_KEY": "same", "TWINSERVE_API_KEYS": "a,same"}, "must differ"),
     ],

@@ -2,8 +2,10 @@
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -11,13 +13,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from experts.bundle import ExpertWeights
 from experts.factors import SvdFactors
 from experts.routing import Router
-from service.core import Event, Failed, Finished, GenerationRequest, RoutingChoice, SamplingParams, TextDelta
-from service.engine.engine import Engine
-from service.engine.model import SharedModel
+from service.core import (
+    Event,
+    ExpertKey,
+    Failed,
+    Finished,
+    GenerationRequest,
+    RoutingChoice,
+    SamplingParams,
+    StepStats,
+    TextDelta,
+)
+from service.engine.assembly import EngineOptions, assemble
+from service.engine.merged import MixMode
+from service.engine.model import ModelOptions, NativeChoice
 from service.engine.roster import StepResult
-from service.engine.routing import Dispatcher, RoutingDefaults
-from service.scheduler.catalogue import Catalogue
-from service.scheduler.scheduler import Budget, Scheduler
+from service.gating.slots import SlotPool
+from service.scheduler.policy import Budget, Limits, Policy
+from tests.fixtures.executors import InlineExecutor
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
@@ -29,12 +42,18 @@ def random_expert(
     generation: int = 1,
     ranks: Sequence[int] = (3,),
     exact: bool = True,
+    only: Callable[[str], bool] = lambda _: True,
 ) -> ExpertWeights:
-    """Random factors on every matrix (embeddings and heads too) and, if `exact`, on every bias and norm."""
+    """Random factors on every matrix (embeddings and heads too) and, if `exact`, on every bias and norm.
+
+    `only` chooses among the parameters by name.
+    """
     generator = torch.Generator().manual_seed(seed)
     rank = itertools.cycle(ranks)
     factors, vectors = {}, {}
     for parameter_name, parameter in model.named_parameters():
+        if not only(parameter_name):
+            continue
         if parameter.dim() == 2:
             rows, columns = parameter.shape
             k = next(rank)
@@ -48,16 +67,25 @@ def random_expert(
     return ExpertWeights(name, generation, factors, vectors)
 
 
-def materialised(path: Path, mix: Sequence[tuple[ExpertWeights, float]]) -> PreTrainedModel:
-    """A plain model with W* + Σ g·UΣVᵀ written into its weights, float32."""
+def inner(name: str) -> bool:
+    """Matrices of decoder layers: what materialised weights can hold."""
+    return "_proj." in name
+
+
+def materialised(
+    path: Path, mix: Sequence[tuple[ExpertWeights, float]], only: Callable[[str], bool] = lambda _: True
+) -> PreTrainedModel:
+    """A plain model with W* + Σ g·UΣVᵀ written into its weights, float32; `only` into some of them."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for expert, gate in mix:
             for name, factors in expert.factors.items():
-                parameters[name] += gate * factors.dense()
+                if only(name):
+                    parameters[name] += gate * factors.dense()
             for name, delta in expert.exact.items():
-                parameters[name] += gate * delta
+                if only(name):
+                    parameters[name] += gate * delta
     return model
 
 
@@ -81,6 +109,20 @@ def prompt_ids(seed: int, length: int, vocabulary: int) -> tuple[int, ...]:
     return tuple(torch.randint(3, vocabulary, (length,), generator=generator).tolist())
 
 
+class MemorySource:
+    """Experts that were published in a test; those in `broken` cannot be loaded."""
+
+    def __init__(self) -> None:
+        self.experts: dict[ExpertKey, ExpertWeights] = {}
+        self.broken: set[ExpertKey] = set()
+
+    def load(self, key: ExpertKey) -> ExpertWeights:
+        """Exactly that generation."""
+        if key in self.broken:
+            raise OSError(f"the disk has lost {key}")
+        return self.experts[key]
+
+
 class Harness:
     """The engine without a thread: `run` steps it until everything has ended."""
 
@@ -94,32 +136,62 @@ class Harness:
         budget: Budget | None = None,
         router: Router | None = None,
         dtype: torch.dtype = torch.float32,
+        native: NativeChoice = "auto",
+        kv_bytes: int = 2**22,
+        policy: Policy | None = None,
+        pool: SlotPool | None = None,
+        mode: MixMode = "factored",
+        single_pass: bool = False,
+        merged_bytes: int = 2**30,
+        prefix_cache: bool = True,
+        executor: Executor | None = None,
     ) -> None:
-        self.model = SharedModel(
+        budget = budget or Budget(step_tokens=64, chunk_tokens=16)
+        self.source = MemorySource()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.engine = assemble(
             path,
-            rows=rows,
-            max_tokens=max_tokens,
+            EngineOptions(
+                model=ModelOptions(
+                    kv_bytes=kv_bytes,
+                    max_tokens=max_tokens,
+                    chunk_tokens=max(budget.step_tokens, budget.chunk_tokens),
+                    native=native,
+                ),
+                limits=Limits(rows),
+                budget=budget,
+                policy=policy or Policy(),
+                prefix_cache=prefix_cache,
+                mode=mode,
+                merged_bytes=merged_bytes,
+                single_pass=single_pass,
+            ),
+            router,
+            self.tokenizer,
+            pool=SlotPool() if pool is None else pool,
+            source=self.source,
+            executor=executor or InlineExecutor(),
             dtype=dtype,
             device=torch.device("cpu"),
-            spec=router.spec if router else None,
         )
-        self.catalogue = Catalogue()
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.engine = Engine(
-            self.model,
-            Scheduler(rows, budget or Budget(step_tokens=64, chunk_tokens=16)),
-            Dispatcher(self.catalogue, router, RoutingDefaults()),
-            self.tokenizer.backend_tokenizer,
-            frozenset({self.tokenizer.eos_token_id}),
-        )
+        self.model = self.engine.model
+        self.catalogue = self.engine.dispatcher.catalogue
         for expert in experts:
             self.publish(expert)
         self.events: dict[str, list[Event]] = {}
+        self.stats: list[StepStats] = []
         self.steps = 0
 
     def publish(self, expert: ExpertWeights) -> None:
         """A generation goes live."""
+        self.source.experts[ExpertKey(expert.name, expert.generation)] = expert
         self.engine.publish(self.model.bank.prepare(expert))
+
+    def register(self, expert: ExpertWeights) -> None:
+        """A generation goes live without a look at it: it is loaded when it is wanted."""
+        key = ExpertKey(expert.name, expert.generation)
+        self.source.experts[key] = expert
+        self.catalogue.publish(key)
 
     def submit(
         self,
@@ -127,9 +199,10 @@ class Harness:
         prompt: Sequence[int],
         gates: Mapping[str, float] | None = None,
         sampling: SamplingParams = GREEDY,
+        **more: Any,
     ) -> None:
         """Queue a request; gates of None ask the router."""
-        request = GenerationRequest(request_id, tuple(prompt), sampling, RoutingChoice(gates=gates))
+        request = GenerationRequest(request_id, tuple(prompt), sampling, RoutingChoice(gates=gates), **more)
         fixed = self.engine.dispatcher.fixed(request.routing) if gates is not None else None
         result = StepResult()
         self.events[request_id] = []
@@ -146,6 +219,8 @@ class Harness:
         """One engine step."""
         result = self.engine.step()
         self.steps += 1
+        if result.stats is not None:
+            self.stats.append(result.stats)
         self._collect(result)
         return result
 
@@ -178,14 +253,36 @@ class Harness:
         assert events[-1] is terminal[0]
         return terminal[0]
 
+    @property
+    def preemptions(self) -> int:
+        """Of all steps."""
+        return sum(stats.preemptions for stats in self.stats)
+
+    @property
+    def prefilled(self) -> int:
+        """Prompt tokens computed in all steps."""
+        return sum(stats.prefill_tokens for stats in self.stats)
+
     def assert_idle(self) -> None:
-        """Nothing leaked: rows, leases and bookkeeping are back where they began."""
+        """Nothing leaked: blocks, leases and bookkeeping are back where they began."""
         assert not self.engine.busy
-        assert self.engine.scheduler.rows.free == self.engine.scheduler.rows.count
+        for events in self.events.values():
+            assert isinstance(events[-1], Finished | Failed)
+            assert sum(isinstance(event, Finished | Failed) for event in events) == 1
+        self.engine.scheduler.check()
+        kv = self.engine.scheduler.kv
+        assert kv.used_blocks == 0
+        assert kv.free_blocks + kv.cached_blocks == kv.total_blocks
         assert not self.engine.scheduler.running
         assert not self.engine.scheduler.waiting
         assert all(count == 0 for count in self.catalogue.leases().values())
         assert set(self.catalogue.leases()) == set(self.catalogue.current().values())
+        roster, intake = self.engine._roster, self.engine._intake
+        assert not (roster._live or roster._by_sequence or roster.unrouted or intake._parties)
+        assert not (self.engine.scheduler._followers or self.engine.scheduler._deadlines)
+        assert not (self.engine.residency._staged or self.engine.residency.loading)
+        resident = {key for key in self.catalogue.current().values() if self.model.bank.resident(key)}
+        assert self.model.bank.resident_count == len(resident) == len(self.engine.residency.pool)
 
     def _collect(self, result: StepResult) -> None:
         for request_id, event in result.events:

@@ -7,19 +7,21 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from service.core import Failed, Finished, SamplingParams
+from service.core import Failed, Finished, Pattern, SamplingParams
 from service.engine.model import UnsupportedModelError, check_config
-from service.engine.sampler import RowState
+from service.engine.sampling.state import RowState
 from service.errors import ExpertRejectedError, RequestFailedError
+from service.scheduler.plan import StepPlan
+from service.scheduler.policy import Budget
 from tests.fixtures.tiny import VOCABULARY, tiny_model
 from tests.model.harness import GREEDY, Harness, materialised, prompt_ids, random_expert, reference
 
 LONG = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama") / "m", seed=3)
+@pytest.fixture
+def path(llama) -> Path:
+    return llama
 
 
 @pytest.fixture
@@ -27,15 +29,15 @@ def expert(path: Path):
     return random_expert(AutoModelForCausalLM.from_pretrained(path), "e", seed=1)
 
 
-def test_a_fault_in_the_forward_pass_fails_only_the_request_that_causes_it(path, expert, monkeypatch):
-    harness = Harness(path, [expert])
+def test_a_fault_in_the_forward_pass_fails_only_the_request_that_causes_it(path, expert, monkeypatch, native):
+    harness = Harness(path, [expert], native=native)
     poison = prompt_ids(50, 7, VOCABULARY)
     forward = harness.model.forward
 
-    def explode(tokens, positions, layout, kept):
-        if any(list(poison) == list(tokens[i : i + 7]) for i in range(len(tokens))):
+    def explode(batch):
+        if any(list(poison) == batch.tokens[i : i + 7] for i in range(len(batch.tokens))):
             raise RuntimeError("a kernel gave up")
-        return forward(tokens, positions, layout, kept)
+        return forward(batch)
 
     monkeypatch.setattr(harness.model, "forward", explode)
     harness.submit("a", prompt_ids(1, 9, VOCABULARY), {"e": 1.0}, LONG)
@@ -55,8 +57,8 @@ def test_a_fault_in_the_forward_pass_fails_only_the_request_that_causes_it(path,
 
 
 @pytest.mark.parametrize("stage", ["record", "push"])
-def test_a_fault_in_sampling_or_text_fails_only_its_request(path, stage, monkeypatch):
-    harness = Harness(path)
+def test_a_fault_in_sampling_or_text_fails_only_its_request(path, stage, monkeypatch, native):
+    harness = Harness(path, native=native)
     for name in ("a", "bad", "b"):
         harness.submit(name, prompt_ids(1, 9, VOCABULARY), {}, LONG)
     live = harness.engine._roster.get("bad")
@@ -91,8 +93,8 @@ def test_an_exception_in_the_sampler_is_pinned_to_its_row(path, monkeypatch):
     harness.assert_idle()
 
 
-def test_an_overflowing_mix_fails_its_row_and_never_the_others_or_the_next_in_its_row(path, expert):
-    harness = Harness(path, [expert], rows=2)
+def test_an_overflowing_mix_fails_its_row_and_never_the_others_or_the_next_in_its_row(path, expert, native):
+    harness = Harness(path, [expert], rows=2, native=native)
     harness.submit("bad", prompt_ids(1, 20, VOCABULARY), {"e": math.inf}, GREEDY)
     harness.submit("beside", prompt_ids(3, 20, VOCABULARY), {"e": 1.0}, LONG)
     harness.submit("good", prompt_ids(2, 5, VOCABULARY), {"e": 1.0}, GREEDY)
@@ -121,8 +123,8 @@ def test_a_model_that_always_fails_breaks_the_engine_after_a_few_steps(path, mon
     assert isinstance(harness.terminal("last"), Failed)
 
 
-def test_cancelled_requests_end_once_and_free_everything(path, expert):
-    harness = Harness(path, [expert], rows=2)
+def test_cancelled_requests_end_once_and_free_everything(path, expert, native):
+    harness = Harness(path, [expert], rows=2, native=native)
     for i in range(6):
         harness.submit(f"r{i}", prompt_ids(i, 30, VOCABULARY), {"e": 1.0}, LONG)
     for i in range(6):
@@ -135,16 +137,65 @@ def test_cancelled_requests_end_once_and_free_everything(path, expert):
     harness.assert_idle()
 
 
-def test_a_cancelled_request_leaves_no_nan_for_the_next_in_its_row(path, expert):
-    harness = Harness(path, [expert], rows=1)
-    harness.submit("bad", prompt_ids(1, 100, VOCABULARY), {"e": math.inf}, GREEDY)
-    harness.step()
-    harness.cancel("bad")
-    harness.submit("good", prompt_ids(2, 5, VOCABULARY), {"e": 1.0}, GREEDY)
-    harness.run()
-    assert harness.tokens("good") == reference(
-        materialised(path, [(expert, 1.0)]), prompt_ids(2, 5, VOCABULARY), 8
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("end", ["cancelled", "preempted", "late"])
+def test_what_ends_in_its_prefill_leaves_no_nan_for_the_next_in_its_blocks(
+    path, expert, end, prefix_cache, native, monkeypatch
+):
+    # Nobody has seen logits of these tokens, so nobody knows that their keys and values are NaN.
+    harness = Harness(
+        path, [expert], rows=2, kv_bytes=0, native=native, prefix_cache=prefix_cache, budget=Budget(60, 60)
     )
+    harness.submit("bad", prompt_ids(1, 100, VOCABULARY), {"e": math.inf}, GREEDY, deadline=math.inf)
+    harness.step()
+    scheduler = harness.engine.scheduler
+    if end == "late":
+        scheduler._deadlines._deadlines[scheduler.running[0]] = scheduler._deadlines._soonest = 0.0
+    elif end == "preempted":
+        scheduler._preempt(scheduler.running[0], StepPlan(), 0.0)
+        harness.submit("good", prompt_ids(2, 50, VOCABULARY), {"e": 1.0}, LONG, priority=-1)
+        harness.run()
+        good = reference(materialised(path, [(expert, 1.0)]), prompt_ids(2, 50, VOCABULARY), 30)
+        assert harness.tokens("good") == good
+    else:
+        harness.cancel("bad")
+    for i in range(4):
+        harness.submit(f"next{i}", prompt_ids(2 + i, 50, VOCABULARY), {"e": 1.0}, GREEDY)
+        harness.run()
+        expected = reference(materialised(path, [(expert, 1.0)]), prompt_ids(2 + i, 50, VOCABULARY), 8)
+        assert harness.tokens(f"next{i}") == expected
+    harness.assert_idle()
+
+
+@pytest.mark.parametrize("broken", ["_table", "_mix", "_gate_tensors"])
+def test_gates_that_could_not_be_set_are_not_taken_for_set(path, expert, broken, monkeypatch):
+    harness = Harness(path, [expert])
+    harness.submit("a", prompt_ids(1, 9, VOCABULARY), {"e": 1.0}, LONG)
+    for _ in range(4):
+        harness.step()
+    bank, last = harness.model.bank, harness.model.bank._last
+    original = getattr(bank, broken)
+    failures = iter([True, True])
+
+    def explode(*arguments):
+        if next(failures, False):
+            raise MemoryError("no room for gates")
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bank, broken, explode)
+        # One token with other gates: the step fails, then this request alone.
+        key = next(iter(bank._resident))
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                bank.set_gates([Pattern(((key, 0.5),))], [1], [1])
+    assert last is not None
+    assert bank._last is None
+    harness.run()
+    assert harness.tokens("a") == reference(
+        materialised(path, [(expert, 1.0)]), prompt_ids(1, 9, VOCABULARY), 30
+    )
+    harness.assert_idle()
 
 
 def test_stop_ids_end_of_sequence_and_minimum_length_decide_the_end(path):

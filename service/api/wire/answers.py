@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from service.core import RoutingOutcome, Usage
+from service.core import RoutingOutcome, StepMode, Usage
 
 
 class Answer(BaseModel):
@@ -23,7 +23,7 @@ class RoutingAnswer(Answer):
 
     gates: Mapping[str, float]
     pattern: str
-    mode: str
+    mode: StepMode
     generations: Mapping[str, int]
     router_generation: int | None
     confidence: float | None
@@ -41,12 +41,19 @@ class RoutingAnswer(Answer):
         )
 
 
+class PromptTokens(Answer):
+    """Of a prompt's tokens: those whose keys and values were found in the prefix cache."""
+
+    cached_tokens: int
+
+
 class UsageAnswer(Answer):
     """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
 
     @classmethod
     def of(cls, usage: Usage) -> Self:
@@ -55,7 +62,49 @@ class UsageAnswer(Answer):
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             total_tokens=usage.prompt_tokens + usage.completion_tokens,
+            prompt_tokens_details=PromptTokens(cached_tokens=usage.cached_tokens),
         )
+
+
+class CompletionLogprobs(Answer):
+    """Log-probabilities in the older shape: lists with one entry a token.
+
+    Attributes:
+        tokens: their texts; `bytes:` and hexadecimals where one is no whole character.
+        token_logprobs: null for a prompt's first token, which nothing predicts.
+        top_logprobs: text → log-probability of the likeliest tokens and of the token itself.
+        text_offset: where in the choice's text each begins, in characters.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TopLogprob(Answer):
+    """One token that could have been.
+
+    Attributes:
+        bytes: of its text, also where that is no whole character.
+    """
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """One token of a chat's answer."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    """Log-probabilities in the newer shape."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
 
 
 class Ending(Answer):
@@ -63,13 +112,13 @@ class Ending(Answer):
 
     finish_reason: str | None
     stop_reason: str | int | None = None
-    logprobs: None = None
     routing: RoutingAnswer | None = None
 
 
 class _Text(Answer):
     index: int
     text: str
+    logprobs: CompletionLogprobs | None = None
 
 
 class CompletionChoice(Ending, _Text):
@@ -86,6 +135,7 @@ class ChatMessage(Answer):
 class _Message(Answer):
     index: int
     message: ChatMessage
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatChoice(Ending, _Message):
@@ -102,6 +152,7 @@ class ChatDelta(Answer):
 class _Delta(Answer):
     index: int
     delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatChunkChoice(Ending, _Delta):
@@ -169,6 +220,7 @@ class ExpertAnswer(Answer):
     leases: int
     bytes: int
     max_rank: int
+    resident: bool
 
 
 class ExpertList(Answer):
@@ -182,3 +234,18 @@ class RegisteredAnswer(ExpertAnswer):
     """A new generation, with what its compression cost."""
 
     report: Mapping[str, Any]
+
+
+class ErrorFields(Answer):
+    """What went wrong; `param` is the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(Answer):
+    """Every answer of a status from 400."""
+
+    error: ErrorFields

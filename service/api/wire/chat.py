@@ -67,7 +67,6 @@ class ChatBody(SamplingBody):
         "audio": (),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "logprobs": (False,),
         "modalities": (["text"],),
         "parallel_tool_calls": (True, False),
         "prediction": (),
@@ -76,7 +75,6 @@ class ChatBody(SamplingBody):
         "safety_identifier": (),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
-        "top_logprobs": (0,),
         "verbosity": (),
         "web_search_options": (),
         # vLLM's
@@ -93,3 +91,12 @@ class ChatBody(SamplingBody):
 
     messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = Field(default=False, description="log-probabilities of each token of the answer")
+    top_logprobs: int | None = Field(default=None, ge=0, description="and of that many likeliest ones")
+
+    reported_by: ClassVar[str] = "top_logprobs"
+
+    @property
+    def reported(self) -> int | None:
+        """`top_logprobs`, where `logprobs` is asked for."""
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema
 
 from service.api.wire.base import Neutral
 from service.api.wire.sampling import SHARED_NEUTRAL, SamplingBody
@@ -59,10 +59,22 @@ class CompletionBody(SamplingBody):
     unsupported: ClassVar[Neutral] = {
         **SHARED_NEUTRAL,
         "add_special_tokens": (True,),
-        "echo": (False,),
-        "logprobs": (False,),
         "prompt_embeds": (),
         "suffix": ("",),
     }
 
     prompt: Prompt
+    echo: bool = Field(default=False, description="the text begins with the prompt")
+    logprobs: int | None = Field(
+        default=None, ge=0, description="log-probabilities of each token and of that many likeliest ones"
+    )
+
+    @property
+    def reported(self) -> int | None:
+        """`logprobs`."""
+        return self.logprobs
+
+    @property
+    def prompt_reported(self) -> int | None:
+        """`logprobs`, where the prompt is part of the answer."""
+        return self.logprobs if self.echo else None

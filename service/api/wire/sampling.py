@@ -1,6 +1,7 @@
 """Fields that completions and chats share: how tokens are chosen and which experts are mixed."""
 
 import math
+import re
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, PlainValidator, StringConstraints, WithJsonSchema
@@ -12,9 +13,16 @@ ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _COLDEST = 1e-5
 """vLLM's too: below it a division would give nothing that greedy decoding does not."""
 
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+_BIASED = 1024
+"""Tokens that one request may bias: each of its steps pays for every one."""
+
+_LARGEST_BIAS = 100
+"""OpenAI's."""
+
 SHARED_NEUTRAL: Neutral = {
     "best_of": (1,),
-    "logit_bias": ({},),
     "metadata": ({},),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -32,7 +40,6 @@ SHARED_NEUTRAL: Neutral = {
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
-    "priority": (0,),
     "prompt_logprobs": (),
     "request_id": (),
     "response_format": ({"type": "text"},),
@@ -83,6 +90,25 @@ def _gates(value: Any) -> dict[str, float]:
     return gates
 
 
+def _logit_bias(value: Any) -> dict[int, float]:
+    """OpenAI's object of token id → bias; the vocabulary's end is checked later."""
+    if not isinstance(value, dict):
+        raise ValueError('must be an object of biases, like {"token id": -100}')
+    if len(value) > _BIASED:
+        raise ValueError(f"has {len(value)} tokens; at most {_BIASED} can be biased")
+    biases: dict[int, float] = {}
+    for name, bias in value.items():
+        # One way to write an id, so that no token is named twice.
+        if not _TOKEN_ID.fullmatch(name):
+            raise ValueError(f"{name[:64]!r} is not a token id")
+        if type(bias) not in (int, float) or not -_LARGEST_BIAS <= bias <= _LARGEST_BIAS:
+            raise ValueError(
+                f"the bias of token {name} must be a number from -{_LARGEST_BIAS} to {_LARGEST_BIAS}"
+            )
+        biases[int(name)] = float(bias)
+    return biases
+
+
 def _temperature(value: float) -> float:
     """0, or large enough to divide logits by."""
     if 0 < value < _COLDEST:
@@ -104,6 +130,19 @@ Gates = Annotated[
     dict[str, float],
     PlainValidator(_gates),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+]
+
+
+LogitBias = Annotated[
+    dict[int, float],
+    PlainValidator(_logit_bias),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "additionalProperties": {"type": "number", "minimum": -_LARGEST_BIAS, "maximum": _LARGEST_BIAS},
+            "maxProperties": _BIASED,
+        }
+    ),
 ]
 
 
@@ -145,6 +184,26 @@ class SamplingBody(WireModel):
     min_tokens: int = Field(default=0, ge=0)
     max_tokens: int | None = Field(default=None, ge=1)
     ignore_eos: bool = False
+    logit_bias: LogitBias = Field(default={}, description="token id → what is added to its logit")
+    priority: int = Field(default=0, ge=-(2**31), le=2**31 - 1, description="vLLM's: lower goes first")
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="extension: seconds from arrival, after which the request fails with 504",
+    )
     user: str | None = Field(default=None, max_length=512, description="opaque; written to no log")
     gates: Gates | None = Field(default=None, description="extension: expert → weight, instead of the router")
     routing: RoutingOptions | None = Field(default=None, description="extension: options of the router")
+
+    reported_by: ClassVar[str] = "logprobs"
+    """The field behind `reported`."""
+
+    @property
+    def reported(self) -> int | None:
+        """How many likeliest tokens to report beside each generated one; None reports nothing."""
+        return None
+
+    @property
+    def prompt_reported(self) -> int | None:
+        """The same for the prompt's tokens."""
+        return None

@@ -46,6 +46,17 @@ def test_layer_k_is_the_output_of_the_kth_decoder_layer(model):
     assert [len(layer._forward_hooks) for layer in decoder_layers(model)] == hooks
 
 
+def test_layers_above_the_one_that_is_read_do_not_run(model):
+    ran = []
+    above = decoder_layers(model)[1].register_forward_hook(lambda *_: ran.append(1))
+    extract_features(model, [PROMPTS[0]], FeatureSpec(layer=1))
+    assert ran == []
+    above.remove()
+    # The pass that was cut short leaves nothing behind.
+    whole = model(torch.tensor([PROMPTS[0]])).logits
+    assert torch.isfinite(whole).all()
+
+
 def test_only_the_last_tokens_of_a_long_prompt_are_read(model):
     spec = FeatureSpec(max_tokens=4)
     long, short = extract_features(model, [PROMPTS[3], PROMPTS[3][-4:]], spec)

@@ -1,6 +1,7 @@
 """A backend by construction: says what it is told to say. For the HTTP edge alone; no model, no thread."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +23,22 @@ OUTCOME = RoutingOutcome(gates={"alpha": 1.0}, pattern="alpha@1:1", mode="factor
 END = Finished("stop", Usage(prompt_tokens=3, completion_tokens=2), OUTCOME)
 
 
+@dataclass
 class Letters:
-    """One token a character."""
+    """One token a character: `a` is 97, `d` is 0."""
 
     chat_template = "{{ messages }}"
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [ord(character) % 100 for character in text]
+
+    added_tokens_decoder: dict[int, Any] = field(default_factory=dict)
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return "".join(chr(token if token >= 32 else token + 100) for token in ids)
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.decode([token])
 
     def apply_chat_template(self, turns: list[dict[str, str]], **_: Any) -> str:
         return "".join(turn["content"] for turn in turns)
@@ -59,6 +69,12 @@ class Script:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+
+def gauges(**known: Any) -> EngineGauges:
+    """Nothing but what is said."""
+    fields = dataclasses.fields(EngineGauges)
+    return EngineGauges(**{**{one.name: 0 for one in fields}, "alive": True, **known})
 
 
 def says(*texts: str) -> list[Event | float | Exception]:
@@ -96,4 +112,4 @@ class ScriptedBackend:
         return [ExpertStatus("alpha", 1, "active", True, 0, 10, 4)]
 
     def gauges(self) -> EngineGauges:
-        return EngineGauges(2, 3, 2, 8, 50, 200, 1, 1, self.alive)
+        return gauges(alive=self.alive)

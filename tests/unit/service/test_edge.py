@@ -3,9 +3,11 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import httpx
 import pytest
@@ -13,40 +15,29 @@ from prometheus_client import CollectorRegistry
 
 from experts.bundle import Bundle
 from service.api.app import create_app
-from service.core import Event, Failed, GenerationRequest, RoutingChoice, RoutingOutcome, TextDelta
-from service.errors import QueueFullError, RequestFailedError, UnknownExpertError
+from service.core import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    RoutingChoice,
+    RoutingOutcome,
+    TextDelta,
+    Usage,
+)
+from service.errors import (
+    DeadlineExceededError,
+    ExpertUnavailableError,
+    QueueFullError,
+    RequestFailedError,
+    TwinserveError,
+    UnknownExpertError,
+)
 from service.metrics import Metrics
 from service.registrar import LiveExperts, Registrar
 from service.settings import Settings
-from tests.unit.service.backend import END, Script, ScriptedBackend, says
-
-BODY = {"model": "family", "prompt": "abc"}
-
-
-def call(
-    backend: ScriptedBackend,
-    body: Any,
-    path: str = "/v1/completions",
-    method: str = "POST",
-    **settings: Any,
-) -> httpx.Response:
-    """One request through the whole app, in this process."""
-    metrics = Metrics(CollectorRegistry())
-    metrics.watch(backend.gauges)
-    # /admin is off without a key, so that its registrar never works here.
-    registrar = Registrar(cast(LiveExperts, backend), cast(Bundle, None), None)
-    app = create_app(backend, Settings(bundle=Path("none"), **settings), metrics, registrar)
-
-    async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
-            return await client.request(method, path, json=body)
-
-    return asyncio.run(send())
-
-
-def events(answer: httpx.Response) -> list[str]:
-    return [part.removeprefix("data: ") for part in answer.text.split("\n\n") if part]
+from tests.unit.service.backend import END, OUTCOME, Script, ScriptedBackend, says
+from tests.unit.service.edge import BODY, call, events
 
 
 def test_a_failure_before_the_first_token_keeps_its_status_in_a_stream() -> None:
@@ -220,6 +211,9 @@ def test_sampling_fields_reach_the_engine_as_written() -> None:
         "min_tokens": 2,
         "max_tokens": 9,
         "ignore_eos": True,
+        "logit_bias": {"5": -100, "0": 2.5},
+        "logprobs": 3,
+        "priority": -7,
         "routing": {"top_k": 2, "threshold": 0.25},
     }
     call(backend, body)
@@ -233,7 +227,123 @@ def test_sampling_fields_reach_the_engine_as_written() -> None:
     )
     assert (sampling.stop, sampling.stop_token_ids) == (("x",), frozenset({7, 8}))
     assert (sampling.min_tokens, sampling.max_tokens, sampling.ignore_eos) == (2, 9, True)
+    assert sampling.logit_bias == ((5, -100.0), (0, 2.5))
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (3, None)
+    assert request.priority == -7
     assert (request.routing.gates, request.routing.top_k, request.routing.threshold) == (None, 2, 0.25)
+
+
+def test_a_timeout_counts_from_the_requests_arrival() -> None:
+    backend = ScriptedBackend()
+    before = time.monotonic()
+    for body in ({**BODY, "timeout": 100, "prompt": ["ab", "cd"], "n": 2}, BODY):
+        call(backend, body)
+    *timed, free = (request.deadline for request in backend.requests)
+    assert free is None
+    assert len(set(timed)) == 1
+    assert timed[0] is not None
+    assert before + 100 <= timed[0] <= time.monotonic() + 100
+
+
+def test_the_operators_timeout_is_the_largest_and_the_default() -> None:
+    backend = ScriptedBackend()
+    refused = call(backend, {**BODY, "timeout": 10.5}, max_timeout_seconds=10)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "timeout"
+    assert "max_timeout_seconds" in refused.json()["error"]["message"]
+    for timeout in (3, None):
+        call(backend, {**BODY, "timeout": timeout}, max_timeout_seconds=10)
+    left = [round((request.deadline or 0) - time.monotonic()) for request in backend.requests]
+    assert left == [3, 10]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (DeadlineExceededError("late", param="timeout"), 504),
+        (ExpertUnavailableError("gone", retry_after=3), 503),
+    ],
+)
+def test_an_engine_that_gives_up_on_a_request_says_so_in_either_form(
+    error: TwinserveError, status: int
+) -> None:
+    plain = call(ScriptedBackend(lambda _: [TextDelta("a", (1,)), Failed(error)]), BODY)
+    assert (plain.status_code, plain.json()["error"]["code"]) == (status, error.code)
+    early = call(ScriptedBackend(lambda _: [Failed(error)]), {**BODY, "stream": True})
+    assert early.status_code == status
+    assert early.headers.get("retry-after") == (None if error.retry_after is None else "3")
+    late = call(ScriptedBackend(lambda _: [TextDelta("a", (1,)), Failed(error)]), {**BODY, "stream": True})
+    assert json.loads(events(late)[-1])["error"]["code"] == error.code
+
+
+def test_the_share_of_a_request_is_its_keys_and_does_not_tell_the_key() -> None:
+    backend = ScriptedBackend()
+    for headers in (
+        {"Authorization": "Bearer first-key"},
+        {"X-API-Key": "first-key"},
+        {"Authorization": "Bearer second-key"},
+    ):
+        call(backend, BODY, headers=headers, api_keys="first-key,second-key")
+    one, same, other = (request.client for request in backend.requests)
+    assert one == same != other
+    assert all("key" not in client and len(client) == 16 for client in (one, other))
+
+
+def test_on_an_open_server_all_share_alike_whatever_they_send() -> None:
+    backend = ScriptedBackend()
+    for headers in ({}, {"Authorization": "Bearer one"}, {"X-API-Key": "two"}):
+        call(backend, BODY, headers=headers)
+    assert [request.client for request in backend.requests] == ["", "", ""]
+
+
+def test_the_first_choice_of_each_prompt_leads_its_others() -> None:
+    backend = ScriptedBackend()
+    call(backend, {**BODY, "n": 3, "prompt": ["ab", "cd"]})
+    ids = [request.id for request in backend.requests]
+    assert [request.leader for request in backend.requests] == [None, ids[0], ids[0], None, ids[3], ids[3]]
+
+
+def test_a_batch_is_cancelled_with_its_leader_last() -> None:
+    order: list[str] = []
+
+    class Watched(Script):
+        def cancel(self) -> None:
+            order.append("leader" if self is backend.scripts[0] else "other")
+            super().cancel()
+
+    class Watching(ScriptedBackend):
+        def submit(self, request: GenerationRequest) -> Script:
+            script = super().submit(request)
+            self.scripts[-1] = watched = Watched(script.items)
+            return watched
+
+    backend = Watching(lambda _: [Failed(RequestFailedError("oops"))])
+    call(backend, {**BODY, "n": 3})
+    assert order[:3] == ["other", "other", "leader"]
+
+
+def test_usage_counts_what_each_prompt_found_in_the_cache_once() -> None:
+    def answer_of(request: GenerationRequest) -> Sequence[Event | float | Exception]:
+        cached = 2 if request.leader is None else 3
+        return [TextDelta("a", (1,)), Finished("stop", Usage(3, 1, cached), OUTCOME)]
+
+    body = {**BODY, "n": 2, "prompt": ["abc", "def"]}
+    usage = call(ScriptedBackend(answer_of), body).json()["usage"]
+    assert usage == {
+        "prompt_tokens": 6,
+        "completion_tokens": 4,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = call(ScriptedBackend(answer_of), {**body, **options})
+    assert json.loads(events(streamed)[-2])["usage"] == usage
+
+
+def test_an_answer_says_that_merged_weights_made_it() -> None:
+    merged = Finished("stop", Usage(3, 2), replace(OUTCOME, mode="merged"))
+    answer = call(ScriptedBackend(lambda _: [TextDelta("a", (1,)), merged]), BODY).json()
+    assert answer["routing"]["mode"] == "merged"
 
 
 def test_a_default_is_cut_to_what_fits_but_min_tokens_raises_it() -> None:
@@ -269,6 +379,28 @@ def test_the_openapi_document_describes_every_body() -> None:
         body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         schema = document["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]]
         assert schema["properties"]
+
+
+def test_the_openapi_document_tells_what_may_come_instead_of_an_answer() -> None:
+    document = call(ScriptedBackend(), None, "/openapi.json", "GET").json()
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        responses = document["paths"][path]["post"]["responses"]
+        assert responses.keys() == {
+            "200",
+            "400",
+            "401",
+            "404",
+            "413",
+            "415",
+            "422",
+            "429",
+            "500",
+            "503",
+            "504",
+        }
+        for status in ("400", "503", "504"):
+            schema = responses[status]["content"]["application/json"]["schema"]
+            assert schema["$ref"].endswith("/ErrorAnswer")
 
 
 def test_a_script_is_not_cancelled_before_its_end() -> None:

@@ -1,10 +1,13 @@
 import threading
+from dataclasses import fields, replace
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.core import EngineGauges, RequestStats, StepStats
+from service.core import RequestStats, StepMode, StepStats
 from service.metrics import OTHER, Metrics
+from tests.unit.service.backend import gauges
 
 STEP = StepStats(
     mode="factored",
@@ -18,6 +21,7 @@ STEP = StepStats(
     inter_token_seconds=(0.02, 0.03, 0.04),
     routed_requests=2,
     route_seconds=0.01,
+    preemptions=2,
 )
 
 
@@ -45,13 +49,22 @@ def test_a_step_is_counted_once() -> None:
     assert value(metrics, "step_patterns_sum") == 3
     assert value(metrics, "working_set_rebuilds_total") == 1
     assert value(metrics, "routed_requests_total") == 2
+    assert value(metrics, "num_preemptions_total") == 2
+
+
+def test_every_mode_of_a_step_is_there_before_its_first_step() -> None:
+    metrics = made()
+    for mode in get_args(StepMode):
+        assert value(metrics, "steps_total", mode=mode) == 0
+        metrics.on_step(replace(STEP, mode=mode))
+        assert value(metrics, "steps_total", mode=mode) == 1
 
 
 def test_an_ended_request_is_counted_by_its_reason() -> None:
     metrics = made()
-    for reason in ("stop", "length", "cancelled", "request_failed", "engine_dead"):
+    for reason in ("stop", "length", "cancelled", "timeout", "request_failed", "engine_dead"):
         metrics.on_request(request(reason))
-    for reason, count in (("stop", 1), ("length", 1), ("abort", 1), ("error", 2)):
+    for reason, count in (("stop", 1), ("length", 1), ("abort", 1), ("timeout", 1), ("error", 2)):
         assert value(metrics, "request_success_total", finished_reason=reason) == count
 
 
@@ -75,31 +88,63 @@ def test_gate_mass_is_absolute_and_its_labels_are_bounded() -> None:
 
 def test_gauges_are_read_when_scraped() -> None:
     metrics = made()
-    running = [1]
-    metrics.watch(lambda: EngineGauges(running[0], 2, 1, 8, 25, 100, 3, 4, True))
+    now: dict[str, Any] = {"running": 1, "kv_blocks_used": 25, "kv_blocks_total": 100}
+    metrics.watch(lambda: gauges(**now))
     assert value(metrics, "num_requests_running") == 1
-    running[0] = 5
+    now["running"] = 5
     assert value(metrics, "num_requests_running") == 5
     assert value(metrics, "kv_cache_usage_perc") == 0.25
-    assert value(metrics, "experts_resident") == 4
 
 
-def test_the_cache_is_full_when_either_its_rows_or_its_tokens_are() -> None:
-    for rows, tokens, share in ((8, 25, 1.0), (1, 100, 1.0), (2, 90, 0.9), (4, 10, 0.5)):
-        metrics = made()
-        metrics.watch(lambda rows=rows, tokens=tokens: EngineGauges(1, 0, rows, 8, tokens, 100, 3, 4, True))
-        assert value(metrics, "kv_cache_usage_perc") == share
+def test_blocks_that_are_merely_cached_do_not_fill_the_cache() -> None:
+    metrics = made()
+    metrics.watch(lambda: gauges(kv_blocks_used=1, kv_blocks_cached=99, kv_blocks_total=100))
+    assert value(metrics, "kv_cache_usage_perc") == 0.01
+    assert value(metrics, "kv_blocks_cached") == 99
 
 
 def test_an_empty_cache_is_not_a_division_by_zero() -> None:
     metrics = made()
-    metrics.watch(lambda: EngineGauges(0, 0, 0, 0, 0, 0, 0, 0, False))
+    metrics.watch(lambda: gauges(alive=False))
     assert value(metrics, "kv_cache_usage_perc") == 0
+
+
+def test_everything_in_the_engines_snapshot_is_told_under_a_name_of_its_own() -> None:
+    names = {
+        "running": "num_requests_running",
+        "waiting": "num_requests_waiting",
+        "kv_blocks_used": "kv_blocks_used",
+        "kv_blocks_cached": "kv_blocks_cached",
+        "kv_blocks_total": "kv_blocks",
+        "prefix_queries": "prefix_cache_queries_total",
+        "prefix_hits": "prefix_cache_hits_total",
+        "experts_registered": "experts_registered",
+        "experts_resident": "experts_resident",
+        "expert_loads": "expert_loads_total",
+        "expert_evictions": "expert_evictions_total",
+        "expert_hits": "expert_slot_hits_total",
+        "expert_misses": "expert_slot_misses_total",
+        "merged_bytes": "merged_weight_bytes",
+        "alive": "engine_up",
+    }
+    now = gauges(**{name: number for number, name in enumerate(names, 2)})
+    metrics = made()
+    metrics.watch(lambda: now)
+    assert {field.name for field in fields(now)} == names.keys()
+    for field, name in names.items():
+        assert value(metrics, name) == getattr(now, field), name
+
+
+def test_registering_asks_the_engine_nothing() -> None:
+    def read() -> Any:
+        raise AssertionError
+
+    made().watch(read)
 
 
 def test_the_names_of_vllm_are_there_under_our_prefix() -> None:
     metrics = made()
-    metrics.watch(lambda: EngineGauges(0, 0, 0, 1, 0, 1, 0, 0, True))
+    metrics.watch(gauges)
     body, _ = metrics.exposition("")
     names = {family.name for family in text_string_to_metric_families(body.decode())}
     assert names >= {
@@ -114,6 +159,9 @@ def test_the_names_of_vllm_are_there_under_our_prefix() -> None:
             "num_requests_running",
             "num_requests_waiting",
             "kv_cache_usage_perc",
+            "prefix_cache_queries",
+            "prefix_cache_hits",
+            "num_preemptions",
             "prompt_tokens",
             "generation_tokens",
             "request_success",

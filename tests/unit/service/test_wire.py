@@ -60,6 +60,104 @@ def test_a_temperature_is_zero_or_large_enough_to_divide_by(temperature: float) 
         CompletionBody.model_validate({"model": "m", "prompt": "p", "temperature": 9.9e-6})
 
 
+LEAST: dict[str, Any] = {"model": "m", "prompt": "p"}
+
+
+@pytest.mark.parametrize(
+    ("value", "biases"), [({}, {}), ({"0": 1}, {0: 1.0}), ({"12": -100, "7": 0.5}, {12: -100.0, 7: 0.5})]
+)
+def test_a_logit_bias_is_read_as_token_ids(value: Any, biases: dict[int, float]) -> None:
+    assert CompletionBody.model_validate({**LEAST, "logit_bias": value}).logit_bias == biases
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"": 1},
+        {"01": 1},
+        {"-1": 1},
+        {"+1": 1},
+        {" 1": 1},
+        {"1.0": 1},
+        {"٣": 1},
+        {"1\n": 1},
+        {"9" * 5000: 1},
+        {"the": 1},
+        {"1": 100.5},
+        {"1": -101},
+        {"1": 10**400},
+        {"1": "5"},
+        {"1": True},
+        {"1": None},
+        [1],
+        "1",
+        {str(token): 1 for token in range(1025)},
+    ],
+)
+def test_what_is_no_logit_bias_is_refused(value: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionBody.model_validate({**LEAST, "logit_bias": value})
+    assert caught.value.error_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "reported", "of_the_prompt"),
+    [
+        ({}, None, None),
+        ({"echo": True}, None, None),
+        ({"logprobs": 0}, 0, None),
+        ({"logprobs": 5}, 5, None),
+        ({"logprobs": 5, "echo": True}, 5, 5),
+    ],
+)
+def test_a_completion_reports_what_it_is_asked_for(
+    fields: dict[str, Any], reported: int | None, of_the_prompt: int | None
+) -> None:
+    body = CompletionBody.model_validate({**LEAST, **fields})
+    assert (body.reported, body.prompt_reported) == (reported, of_the_prompt)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reported"),
+    [
+        ({}, None),
+        ({"logprobs": False}, None),
+        ({"top_logprobs": 0}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 3}, 3),
+    ],
+)
+def test_a_chat_reports_what_it_is_asked_for(fields: dict[str, Any], reported: int | None) -> None:
+    body = ChatBody.model_validate({"model": "m", "messages": [USER], **fields})
+    assert (body.reported, body.prompt_reported) == (reported, None)
+
+
+@pytest.mark.parametrize("model", [CompletionBody, ChatBody])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("priority", 2**31),
+        ("priority", -(2**31) - 1),
+        ("priority", 1.0),
+        ("priority", True),
+        ("timeout", 0),
+        ("timeout", -1),
+        ("timeout", "5"),
+        ("timeout", True),
+        ("timeout", float("inf")),
+        ("logprobs", -1),
+        ("logprobs", "1"),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused_by_name(
+    model: type[CompletionBody] | type[ChatBody], field: str, value: Any
+) -> None:
+    least = LEAST if model is CompletionBody else {"model": "m", "messages": [USER]}
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({**least, field: value})
+    assert [error["loc"] for error in caught.value.errors()] == [(field,)]
+
+
 def test_text_parts_are_joined_by_newlines() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = ChatBody.model_validate({"model": "m", "messages": [{"role": "user", "content": parts}]})

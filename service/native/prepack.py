@@ -16,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 LinearLike = nn.Linear | Conv1D
 logger = logging.getLogger(__name__)
 
+_TOKENS = 32
+"""Tokens of a step that the layout is chosen for."""
+
 
 def plain(module: LinearLike) -> Callable[[Tensor], Tensor]:
     """The layer's own product: (tokens, in) → (tokens, out), a fresh tensor."""
@@ -46,9 +49,15 @@ def packed(module: LinearLike) -> Callable[[Tensor], Tensor]:
     return _packed(weight, module.bias)
 
 
-def _packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def reorder(weight: Tensor) -> Tensor:
+    """An (out, in) weight in the processor's layout, for oneDNN's own product only; after `available()`."""
     with torch.inference_mode():
-        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
+        found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TOKENS)
+        return found
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    reordered = reorder(weight)
     linear = torch.ops.mkldnn._linear_pointwise
     own_bias = None if bias is None else bias.detach()
     return lambda x: linear(x, reordered, own_bias, "none", [], "")

@@ -1,0 +1,235 @@
+"""The compiled decoder layers of one model: weights, experts, cache, and one call for a run of layers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.native import build, prepack
+from service.native.parts import MATRICES, NORMS, DecoderParts, LayerParts
+
+_PRODUCTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+"""Matrices that read the same input stand side by side in one product."""
+
+SHARED_BASE = 0
+"""Id of the shared expert's own weights; merged ones have others."""
+
+WeightOf = Callable[[str], Tensor]
+"""Parameter name → an (out, in) weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """How one layer attends, as the model itself says it in a pass.
+
+    Attributes:
+        group: index of the KV group that holds the layer's cache.
+        window: positions that a query sees; None is all.
+    """
+
+    heads: int
+    key_heads: int
+    dim: int
+    scale: float
+    window: int | None
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the tokens of one step lie; int32, contiguous.
+
+    Attributes:
+        positions: (tokens,).
+        places: (KV groups, cached tokens) block · BLOCK_TOKENS + offset.
+        tables: (KV groups, decoding sequences, width) block ids.
+        chunks: (chunks, 3) first token, end token, position of the first.
+        chunk_tables: (KV groups, chunks, width) block ids.
+        segments: (segments, 2) first token, end token.
+    """
+
+    positions: Tensor
+    places: Tensor
+    tables: Tensor
+    chunks: Tensor
+    chunk_tables: Tensor
+    segments: Tensor
+
+
+class NativeDecoder:
+    """Owns the compiled object. Used by one thread at a time.
+
+    Args:
+        attention: one for each layer.
+        pack: reorder base weights for the processor.
+        cache: folder of compiled libraries; None is the user's own.
+
+    Attributes:
+        packed: the base products use copies of the weights.
+
+    Raises:
+        NativeUnavailableError: the library cannot be had.
+    """
+
+    def __init__(
+        self, parts: DecoderParts, attention: Sequence[AttentionShape], *, pack: bool, cache: Path | None = None
+    ) -> None:
+        build.load(cache or build.default_cache())
+        self.parts = parts
+        self.packed = pack
+        first = attention[0]
+        layer = parts.layers[0]
+        self._object: Any = torch.classes.twinserve.Decoder(
+            first.heads,
+            first.key_heads,
+            first.dim,
+            parts.ropes[0][0].shape[1],
+            layer.matrices["q"][1].in_features,
+            layer.matrices["gate"][1].out_features,
+            parts.activation,
+        )
+        for cosine, sine in parts.ropes:
+            self._object.add_rope(cosine, sine)
+        for part, shape in zip(parts.layers, attention, strict=True):
+            scales = [part.scales[name][1] if name in part.scales else None for name in NORMS]
+            self._object.add_layer(
+                scales, part.epsilon, shape.scale, shape.group, shape.window or 0, part.rope
+            )
+        self.set_base(SHARED_BASE, self._own)
+
+    def set_base(self, base: int, weight_of: WeightOf) -> int:
+        """Make one more set of base weights available; returns its bytes. Safe beside `run` only between steps."""
+        return self.install(base, self.prepare(weight_of))
+
+    def prepare(self, weight_of: WeightOf) -> "PreparedBase":
+        """The tensors of a weight set, on any thread."""
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        nbytes = 0
+        for layer in self.parts.layers:
+            for names in _PRODUCTS:
+                whole = torch.cat([weight_of(f"{layer.matrices[name][0]}.weight") for name in names])
+                nbytes += whole.nbytes
+                weights.append(self.arranged(whole))
+                biases.append(_bias(layer, names))
+        return PreparedBase(weights, biases, nbytes)
+
+    def arranged(self, weight: Tensor) -> Tensor:
+        """An (out, in) weight as the products want it."""
+        return prepack.reorder(weight) if self.packed else weight
+
+    def install(self, base: int, prepared: "PreparedBase") -> int:
+        """Between two steps: hand a prepared weight set over; returns its bytes."""
+        self._object.set_base(base, prepared.weights, prepared.biases, self.packed)
+        return prepared.nbytes
+
+    def drop_base(self, base: int) -> None:
+        """Give a weight set's memory back."""
+        self._object.drop_base(base)
+
+    def set_cache(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """(blocks, BLOCK_TOKENS, key heads, dim) of every layer."""
+        self._object.set_cache(list(keys), list(values))
+
+    def set_expert(
+        self, slot: int, matrices: Mapping[str, tuple[Tensor, Tensor]], vectors: Mapping[str, Tensor]
+    ) -> None:
+        """Put an expert into a slot; its factors are shared, not copied.
+
+        Args:
+            matrices: parameter name → a (rank, in), b (rank, out) in the model's dtype.
+            vectors: name of a bias or norm weight → its difference.
+        """
+        tensors: list[Tensor | None] = []
+        for layer in self.parts.layers:
+            for name in MATRICES:
+                path = layer.matrices[name][0]
+                a, b = matrices.get(f"{path}.weight", (None, None))
+                tensors += [a, b, _wide(vectors.get(f"{path}.bias"))]
+            for name in NORMS:
+                own = layer.scales.get(name)
+                tensors.append(None if own is None else _wide(vectors.get(f"{own[0]}.weight")))
+        self._object.set_expert(slot, tensors)
+
+    def drop_expert(self, slot: int) -> None:
+        """Empty a slot."""
+        self._object.drop_expert(slot)
+
+    def begin(self, placement: Placement) -> None:
+        """Set up the coming step, without gates."""
+        self._object.begin(
+            placement.positions,
+            placement.places,
+            placement.tables,
+            placement.chunks,
+            placement.chunk_tables,
+            placement.segments,
+        )
+
+    def mix(self, uses: Sequence[tuple[int, int, int]], gates: Sequence[float]) -> None:
+        """Set the gates of the layers to come, until the next call.
+
+        Args:
+            uses: slot, first token, end token; ranges of one slot do not overlap.
+            gates: one for each use.
+        """
+        self._object.mix(
+            torch.tensor(uses, dtype=torch.int32).view(-1, 3), torch.tensor(gates, dtype=torch.float32)
+        )
+
+    def run(self, hidden: Tensor, first: int, last: int, base: int = SHARED_BASE) -> Tensor:
+        """Layers [first, last) over (tokens, hidden), in place."""
+        found: Tensor = self._object.run(hidden, first, last, base)
+        return found
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of the parameters whose exclusive vectors this computes."""
+        names: set[str] = set()
+        for layer in self.parts.layers:
+            for path, module in layer.matrices.values():
+                names.add(f"{path}.weight")
+                if module.bias is not None:
+                    names.add(f"{path}.bias")
+            names.update(f"{path}.weight" for path, _ in layer.scales.values())
+        return frozenset(names)
+
+    def _own(self, name: str) -> Tensor:
+        path, _, parameter = name.rpartition(".")
+        for layer in self.parts.layers:
+            for known, module in layer.matrices.values():
+                if known == path:
+                    return module.get_parameter(parameter)
+        raise KeyError(name)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedBase:
+    """One set of base weights in the processor's layout.
+
+    Attributes:
+        nbytes: of the weights, without padding that the layout may add.
+    """
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    nbytes: int
+
+
+def _bias(layer: LayerParts, names: Sequence[str]) -> Tensor | None:
+    modules = [layer.matrices[name][1] for name in names]
+    if all(module.bias is None for module in modules):
+        return None
+    return torch.cat(
+        [
+            module.weight.new_zeros(module.out_features) if module.bias is None else module.bias.detach()
+            for module in modules
+        ]
+    )
+
+
+def _wide(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.to(torch.float32).contiguous()
