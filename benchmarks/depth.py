@@ -58,8 +58,8 @@ READS = (1, 2, 3, 4, 6, 8, 12, 16, 20, -1)
 ONE_PASS = (1, 2, 3, 4, 6, 8, 12)
 SKIPPED = 100
 """Validation questions of each task that are among the router's own validation prompts."""
-LEFT_OUT = (1, 2)
-"""Phrasings of every skill that a second and a third router are fitted without, to be asked in."""
+WORDINGS = 5
+"""Phrasings of every skill: as many more routers are fitted, each without one, and asked in that one."""
 BATCH = 64
 
 Part = Literal["validation", "test"]
@@ -170,7 +170,7 @@ class Read:
         milliseconds: of one routing pass of a single prompt of 64 tokens.
         feature_seconds, fit_seconds: of making the router. All times are of the processor, over all threads.
         chat, raw: task → for each test question, 1.0 if its expert has the highest probability.
-        unseen: the same in chat form, by routers fitted in it without the question's wording (see `LEFT_OUT`).
+        unseen: the same in chat form, by routers fitted in it without the question's wording (see `WORDINGS`).
         gates: part → task → the gates of each question, in the chat form.
     """
 
@@ -259,7 +259,7 @@ def read_at(layer: int, gated: GatedModel, prompts: Prompts, bundle: Bundle) -> 
 
     test = features(prompts.test)
     unseen: dict[str, list[float]] = {name: [] for name in test}
-    for left_out in LEFT_OUT:
+    for left_out in range(WORDINGS):
         judge = MlpRouter.fit(
             {n: each[0::2][prompts.wording["train"][n] != left_out] for n, each in training.items()},
             {n: each[0::2][prompts.wording["validation"][n] != left_out] for n, each in validation.items()},
@@ -375,7 +375,7 @@ def markdown(reads: Sequence[Read], rows: Sequence[Row], command: str) -> str:
         "",
         f"Router accuracy in %, on {len(reads[0].chat[names[0]])} test questions of each task, by the layer "
         "that it reads. Cost: of the routing pass, in prefills; ms: one prompt of 64 tokens, router included; "
-        f"times are processor time, {torch.get_num_threads()} threads; "
+        f"times are processor time, on {torch.get_num_threads()} of the cores; "
         "unseen: in chat form, by routers fitted without the question's wording.",
         "",
         f"| reads | cost | ms | chat | raw | unseen | {' | '.join(names)} | features s | fit s |",

@@ -90,7 +90,7 @@ def _start(section: str) -> bool:
 
 def _measure(section: str, arguments: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     log = Console()
     log.rule(section)
     context = Context(

@@ -45,7 +45,7 @@ def random_experts(path: Path, count: int, rank: int = RANK) -> list[ExpertWeigh
     """Experts with random factors on every linear layer of the decoder, as LoRA fine-tunes have them."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     shapes = {
-        f"{name}.weight": (module.weight.shape, float(module.weight.float().norm()))
+        f"{name}.weight": (module.weight.shape, float(module.weight.detach().float().norm()))
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and ".layers." in f".{name}."
     }

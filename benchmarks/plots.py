@@ -47,7 +47,7 @@ def _steps(path: Path, values: Mapping[str, float]) -> None:
         [i + 0.4 - width / 2 for i in range(len(batches))], [f"batch {batch}" for batch in batches]
     )
     axes.set_ylabel("time / HF generate, plain")
-    axes.legend(frameon=False, ncols=len(kinds))
+    axes.legend(frameon=False, ncols=len(kinds), loc="lower center", bbox_to_anchor=(0.5, 1))
     _save(figure, path)
 
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks.engine_alone import open_engine
+from benchmarks.alone import EngineAlone
 from benchmarks.report import Figure, show, write
 from experts.bundle import Bundle
 from experts.embedded.family import family
@@ -42,7 +42,8 @@ class Answers:
     """Asks the engine of a bundle as the server does, all questions of a task in one batch stream."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._engine, self._tokenizer = open_engine(bundle, max_tokens=512)
+        alone = EngineAlone.of_bundle(bundle)
+        self._engine, self._tokenizer = alone.engine, alone.tokenizer.backend_tokenizer
         self.gates: dict[str, float] | None = None
         self.outcomes: list[RoutingOutcome] = []
 

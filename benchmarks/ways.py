@@ -45,11 +45,11 @@ WAYS = {
     "hf-dynamic": "HF eager, its growing cache: what `generate` runs",
     "hf-static": "HF eager, static cache",
     "compile": "torch.compile of the HF model over a static cache, without gating",
-    "compile-frozen": "the same with inductor's freezing and cpp_wrapper, without gating",
+    "compile-frozen": "torch.compile with inductor's freezing and cpp_wrapper, static cache, without gating",
     "ours-eager-none": "HF layers over our paged cache, packed base weights, no gates",
-    "ours-eager-top2": "the same, every row its own pair of experts",
+    "ours-eager-top2": "HF layers over our paged cache, packed base weights, every row its own pair of experts",
     "ours-native-none": "our compiled C++ layers, no gates",
-    "ours-native-top2": "the same, every row its own pair of experts",
+    "ours-native-top2": "our compiled C++ layers, every row its own pair of experts",
 }
 
 
@@ -118,7 +118,8 @@ def _ours(path: Path, steps: int, native: bool, gates: Any) -> tuple[None, float
 def _plain(path: Path, steps: int, name: str) -> tuple[float | None, float]:
     from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model.train(False)
     longest = CONTEXT + steps + 8
     cache: Any = (
         DynamicCache(config=model.config)
@@ -166,9 +167,9 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
 
 def _write(path: Path, ways: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine(), "commit": commit(), "ways": ways}
+    about = machine()
+    report = {"machine": about, "commit": commit(), "ways": ways}
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    about = report["machine"]
     lines = [
         "# Ways tried for the decode step",
         "",

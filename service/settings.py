@@ -107,7 +107,7 @@ class Settings(BaseSettings):
     merged_bytes: int = Field(default=512 * 2**20, ge=0, description="weights made so, at most")
     single_pass: bool = Field(
         default=False,
-        description="route a prompt in its own prefill: quicker, the lower layers without gates",
+        description="route a prompt in its own prefill, whose lower layers then go without gates",
     )
     router_top_k: int | None = Field(default=None, ge=1, description="gates kept; None is the bundle's own")
     router_threshold: float | None = Field(

@@ -50,7 +50,9 @@ async def _loading(context: Context, bundle: Bundle, runtime: Runtime) -> Figure
         return [gap for stream in streams for gap in stream.gaps(begin)]
 
     await gaps(0, publishing=True)
-    count, without, during = 0, [], []
+    count = 0
+    without: list[float] = []
+    during: list[float] = []
     for number in range(1, 1 + context.rounds):
         order = (False, True) if number % 2 else (True, False)
         for publishing in order:

@@ -80,28 +80,31 @@ class Watch:
         ]
 
     def _attach(self, runtime: Runtime) -> None:
-        around, thread, engine = self._clock.around, runtime._thread, runtime._engine
+        thread, engine = runtime._thread, runtime._engine
         model = engine.model
-        thread._turn = self._turn(around("engine thread: inbox and waiting for the GIL", thread._turn))  # type: ignore[method-assign]
-        thread._report = around("handing events and metrics over", thread._report)  # type: ignore[method-assign]
-        engine.step = self._step(around("engine: Python of the step", engine.step))  # type: ignore[method-assign]
-        engine._plan = around("scheduling", engine._plan)  # type: ignore[method-assign]
-        engine._conclude = around("engine: Python after the forward pass", engine._conclude)  # type: ignore[method-assign]
-        engine_module.run_step = around("engine: packing the batch", engine_module.run_step)
-        engine_module.sample = around("sampling", engine_module.sample)
-        TextStream.push = around("detokenising", TextStream.push)  # type: ignore[method-assign]
-        model.forward = around("forward pass: Python", model.forward)  # type: ignore[method-assign]
-        model.cache.place = around("block tables", model.cache.place)  # type: ignore[method-assign]
-        model.bank.set_gates = around("setting gates", model.bank.set_gates)  # type: ignore[method-assign]
-        native = model.native
-        if native is None:
-            return
-        native.begin = around("block tables", native.begin)  # type: ignore[method-assign]
-        native.run = around(LAYERS, native.run)  # type: ignore[method-assign]
-        for part, module in (("embedding", native.parts.embedding), ("last norm", native.parts.norm)):
-            module.forward = around(part, module.forward)
-        head = native.parts.head
-        head.forward = around("vocabulary head", head.forward)
+        self._put(thread, "_turn", "engine thread: inbox and waiting for the GIL")
+        self._put(thread, "_report", "handing events and metrics over")
+        self._put(engine, "step", "engine: Python of the step")
+        self._put(engine, "_plan", "scheduling")
+        self._put(engine, "_conclude", "engine: Python after the forward pass")
+        self._put(engine_module, "run_step", "engine: packing the batch")
+        self._put(engine_module, "sample", "sampling")
+        self._put(TextStream, "push", "detokenising")
+        self._put(model, "forward", "forward pass: Python")
+        self._put(model.cache, "place", "block tables")
+        self._put(model.bank, "set_gates", "setting gates")
+        if model.native is not None:
+            self._put(model.native, "begin", "block tables")
+            self._put(model.native, "run", LAYERS)
+            self._put(model.native.parts.embedding, "forward", "embedding")
+            self._put(model.native.parts.norm, "forward", "last norm")
+            self._put(model.native.parts.head, "forward", "vocabulary head")
+        # Bookkeeping of steps and turns, outside of their clocks.
+        setattr(engine, "step", self._step(engine.step))  # noqa: B010 an instance's own, on purpose
+        setattr(thread, "_turn", self._turn(thread._turn))  # noqa: B010
+
+    def _put(self, owner: object, name: str, part: str) -> None:
+        setattr(owner, name, self._clock.around(part, getattr(owner, name)))
 
     def _step(self, call: Callable[[], Any]) -> Callable[[], Any]:
         def step() -> Any:

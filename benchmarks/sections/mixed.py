@@ -25,7 +25,7 @@ def mixed(context: Context) -> list[Figure]:
 
 
 def _cell(context: Context, engine: EngineAlone, batch: int, title: str) -> Figure:
-    prompt, new = context.size(64, 16), context.size(96, 6)
+    prompt, new = context.size(64, 16), context.size(64, 6)
     some = Load(tuple(engine.experts), engine.vocabulary, prompt_tokens=prompt, new_tokens=new)
     modes: dict[str, str] = {}
 
@@ -40,7 +40,7 @@ def _cell(context: Context, engine: EngineAlone, batch: int, title: str) -> Figu
     runs = {"distinct": rate(some), "same": rate(replace(some, kind="same"))}
     for run in runs.values():
         run(0)
-    found = alternate(runs, context.size(context.rounds + 2, 1))
+    found = alternate(runs, context.rounds)
     return context.figure(
         f"mixed / same weights, batch {batch}, {title}",
         [a / b for a, b in zip(found["distinct"], found["same"], strict=True)],

@@ -68,9 +68,10 @@ def openvino(context: Context) -> list[Figure]:
     """OpenVINO GenAI with one adapter for all rows: what the hardware can do. Ours: other mixes in each row."""
     family = ensure_family(context.work)
     duel = _Duel(context, OpenVino(family, context.work), 8, 8, 0.6, 1.0)
+    figures: list[Figure] = []
     with duel.unless_unavailable(), duel.peer:
-        return duel.fight(_alone(family), same_adapter, ours_gates=mix_of_three)
-    return duel.lost
+        figures = duel.fight(_alone(family), same_adapter, ours_gates=mix_of_three)
+    return figures + duel.lost
 
 
 def llama(context: Context) -> list[Figure]:
@@ -87,7 +88,8 @@ def vllm(context: Context) -> list[Figure]:
     """vLLM's CPU build with one adapter in every request."""
     family = ensure_family(context.work)
     peer = VllmCpu(family, context.work)
-    duels = [_Duel(context, peer, clients, 2 * clients, 2.5, 5) for clients in context.batches(8, 32)]
+    cells = ((8, 16), (32, 32))[: context.size(2, 1)]
+    duels = [_Duel(context, peer, clients, number, 2.5, 5) for clients, number in cells]
     return _served(context, family, duels, one_adapter_each)
 
 

@@ -1,12 +1,11 @@
 """What asking the router costs of the time to first token: routed requests over the same with explicit gates."""
 
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks.alone import EngineAlone, defaults
 from benchmarks.context import Context
-from benchmarks.paired import alternate
+from benchmarks.paired import Run, alternate
 from benchmarks.report import Figure
 from benchmarks.workload import Load
 from experts.bundle import Bundle
@@ -40,17 +39,17 @@ def _ways(context: Context, bundle: Bundle, *, single_pass: bool, title: str) ->
 
 
 def _cell(context: Context, engine: EngineAlone, load: Load, clients: int, number: int, title: str) -> Figure:
-    def first_token(load: Load) -> Callable[[int], float]:
+    def first_token(load: Load) -> Run[float]:
         return lambda salt: statistics.median(engine.run(load.requests(number, salt), clients).first_tokens)
 
-    runs = {
+    runs: dict[str, Run[float]] = {
         "explicit": first_token(load),
         # Negative salts: no prompt of one way may be in the prefix cache for the other.
         "routed": lambda salt: first_token(replace(load, kind="routed"))(-1 - salt),
     }
     for run in runs.values():
         run(0)
-    found = alternate(runs, context.size(context.rounds + 2, 1))
+    found = alternate(runs, context.rounds)
     routed, explicit = (statistics.median(found[name]) * 1000 for name in ("routed", "explicit"))
     return context.figure(
         f"routing share of TTFT, {clients} clients, {title}",

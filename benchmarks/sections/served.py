@@ -26,10 +26,9 @@ def served(context: Context) -> list[Figure]:
     figures = []
     with OurServer(context.bundle, context.work) as server:
         for clients in context.batches(8, 32):
-            runs = _runs(engine, server, load, clients)
-            for run in runs.values():
+            for run in _runs(engine, server, replace(load, new_tokens=4), clients).values():
                 run(0)
-            found = alternate(runs, context.rounds)
+            found = alternate(_runs(engine, server, load, clients), context.rounds)
             for way in ("whole", "streamed"):
                 figures.append(
                     context.figure(

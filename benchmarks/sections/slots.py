@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from benchmarks.alone import EngineAlone, defaults, renamed
 from benchmarks.context import Context
-from benchmarks.paired import alternate
+from benchmarks.paired import Run, alternate
 from benchmarks.report import Figure
 from benchmarks.workload import Load
 from experts.bundle import Bundle, ExpertWeights
@@ -46,7 +46,7 @@ def slots(context: Context) -> list[Figure]:
         prompt_tokens=context.size(64, 16),
         new_tokens=context.size(64, 6),
     )
-    number = context.size(32, 8)
+    number = context.size(16, 8)
 
     def turning(salt: int) -> float:
         """Other 16 experts in every run, none of which has a slot at its beginning."""
@@ -54,7 +54,7 @@ def slots(context: Context) -> list[Figure]:
         names = tuple(key.name for key in keys[first : first + ACTIVE])
         return many.run(replace(some, experts=names).requests(number, salt), 8).rate
 
-    runs = {
+    runs: dict[str, Run[float]] = {
         "few": lambda salt: few.run(some.requests(number, salt), 8).rate,
         "many": lambda salt: many.run(some.requests(number, salt), 8).rate,
     }

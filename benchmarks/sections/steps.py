@@ -1,14 +1,14 @@
 """Step time of mixed batches over `transformers.generate` on the plain shared model, and over our own plain step."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.alone import EngineAlone, renamed
 from benchmarks.context import Context
 from benchmarks.gemma import GemmaUnavailableError, ensure_gemma, random_experts
 from benchmarks.generate import PlainGenerate
-from benchmarks.paired import alternate
+from benchmarks.paired import Run, alternate
 from benchmarks.report import Figure
 from benchmarks.workload import MEANING, GateKind, Load
 from experts.bundle import Bundle
@@ -39,15 +39,14 @@ def embedded(context: Context) -> list[Figure]:
     figures: list[Figure] = []
     for batch in context.batches(1, 8, 32):
         figures += cell.measure(batch, KINDS)
-    figures += cell.measure(8, ("top2", "none"), prompt=512, new=64, bounds=False)
-    figures += cell.measure(8, ("top2", "none"), prompt=32, new=context.size(128, 4), bounds=False)
+    figures += cell.measure(8, ("top2", "none"), prompt=512, rounds=2, bounds=False)
+    figures += cell.measure(8, ("top2", "none"), prompt=32, new=128, rounds=2, bounds=False)
     originals = [bundle.expert(name) for name in bundle.expert_names()]
-    for registered in context.batches(16, 64):
+    for registered, batch in ((16, 8), (64, 32))[: context.size(2, 1)]:
         while len(engine.experts) < registered:
             number = len(engine.experts)
             engine.publish(renamed(originals[number % len(originals)], f"copy{number}"))
-        for batch in context.batches(8, 32):
-            figures += cell.measure(batch, ("top2", "none"), rounds=2, bounds=False)
+        figures += cell.measure(batch, ("top2", "none"), rounds=2, bounds=False)
     return figures
 
 
@@ -97,7 +96,7 @@ class _Cell:
             run = self._plain.run(some.requests(batch, salt))
             return _Run(run.seconds, statistics.median(run.steps), "")
 
-        def own(load: Load) -> Callable[[int], _Run]:
+        def own(load: Load) -> Run[_Run]:
             def run(salt: int) -> _Run:
                 made = engine.run(load.requests(batch, salt), batch)
                 modes = ", ".join(f"{count} {mode}" for mode, count in sorted(made.modes.items()))
@@ -105,7 +104,8 @@ class _Cell:
 
             return run
 
-        runs = {"generate": reference, **{kind: own(load) for kind, load in loads.items()}}
+        runs: dict[str, Run[_Run]] = {"generate": reference}
+        runs.update({kind: own(load) for kind, load in loads.items()})
         found = alternate(runs, context.size(rounds or context.rounds, 1))
         where = f"{self._model}, batch {batch}, prompt {prompt}, {new} new"
         if len(engine.experts) != 8:

@@ -102,8 +102,8 @@ class Intake:
             self._fail(
                 live,
                 DeadlineExceededError(
-                    f"the request did not end within its timeout: {live.sequence.generated} tokens in {seconds:.1f} s; "
-                    "raise timeout, or ask for fewer tokens",
+                    f"the request did not end within its timeout: {live.sequence.generated} tokens in "
+                    f"{seconds:.1f} s; raise timeout, or ask for fewer tokens",
                     param="timeout",
                 ),
                 result,

@@ -167,7 +167,7 @@ class MergedWeights:
         self._paid.pop(making.pattern, None)
         try:
             prepared = making.future.result()
-        except Exception:
+        except Exception:  # noqa: BLE001 steps go on without
             _log.exception("materialised weights for %s could not be made", making.pattern)
             self.stats.failed += 1
             # Not again for this pattern before it has cost as much once more.

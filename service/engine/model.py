@@ -73,11 +73,11 @@ class Batch:
     Attributes:
         tokens, positions: (tokens,) each, in packing order.
         kept: indices of the tokens whose logits are wanted.
-        counts: tokens of every sequence, in packing order, segments included.
-        keeps: how many of them are kept (0 or 1).
-        patterns: gates of every sequence in the layers from the routing depth on.
+        counts: tokens of every run of tokens with the same gates, in packing order, segments included.
+        keeps: how many of each run are kept.
+        patterns: gates of every run in the layers from the routing depth on.
         lower: gates below the routing depth; differs from `patterns` where routing is single-pass.
-        late: sequences whose gates are found at the routing depth: index → the token range that the router reads.
+        late: runs whose gates are found at the routing depth: index → the token range that the router reads.
         decide: given such an index and the features (d,) float32, the gates; asked once a step for each.
         base: weight set of the decoder layers.
     """

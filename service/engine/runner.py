@@ -122,8 +122,7 @@ class _Packing:
         """The sequence's last token."""
         self.sampled.append((sequence, len(self.batch.kept)))
         self._add(sequence, [sequence.tokens[sequence.computed]], sequence.computed)
-        self.batch.kept.append(len(self.batch.tokens) - 1)
-        self.batch.keeps.append(1)
+        self._keep(1)
         return Decode(sequence.computed, sequence.tables)
 
     def prefill(self, part: PrefillChunk) -> None:
@@ -134,15 +133,15 @@ class _Packing:
             self.unrouted[len(self.batch.counts)] = sequence
         self._add(sequence, sequence.tokens[start : start + part.count], start)
         self.chunks.append(Chunk(begin, len(self.batch.tokens), start, sequence.tables))
-        kept = len(self.batch.kept)
         if sequence.request.sampling.prompt_logprobs is not None and not sequence.generated:
+            kept = len(self.batch.kept)
             wanted = min(start + part.count, sequence.prompt_length - 1) - start
             self.prompts.append(PromptRows(sequence, start + 1, kept, kept + wanted))
             self.batch.kept.extend(range(begin, begin + wanted))
+            self.batch.keeps[-1] += wanted
         if part.count == sequence.pending:
             self.sampled.append((sequence, len(self.batch.kept)))
-            self.batch.kept.append(len(self.batch.tokens) - 1)
-        self.batch.keeps.append(len(self.batch.kept) - kept)
+            self._keep(1)
 
     def route(self, ids: tuple[int, ...]) -> Segment:
         """A prompt that is read for the router alone."""
@@ -155,13 +154,23 @@ class _Packing:
         self.batch.lower.append(_SHARED)
         return Segment(begin, len(self.batch.tokens))
 
+    def _keep(self, count: int) -> None:
+        """The last tokens' logits are wanted."""
+        self.batch.kept.extend(range(len(self.batch.tokens) - count, len(self.batch.tokens)))
+        self.batch.keeps[-1] += count
+
     def _add(self, sequence: Sequence, tokens: list[int], start: int) -> None:
-        batch, pattern = self.batch, sequence.pattern or _SHARED
+        batch, pattern, end = self.batch, sequence.pattern or _SHARED, start + len(tokens)
         batch.tokens.extend(tokens)
-        batch.positions.extend(range(start, start + len(tokens)))
-        batch.counts.append(len(tokens))
-        batch.patterns.append(pattern)
-        batch.lower.append(_SHARED if sequence.single_pass else pattern)
+        batch.positions.extend(range(start, end))
+        # Single-pass routing leaves the prompt without gates below the routing depth, and only the prompt.
+        bare = max(start, min(end, sequence.prompt_length)) if sequence.single_pass else start
+        for count, lower in ((bare - start, _SHARED), (end - bare, pattern)):
+            if count:
+                batch.counts.append(count)
+                batch.keeps.append(0)
+                batch.patterns.append(pattern)
+                batch.lower.append(lower)
 
 
 def _run(model: SharedModel, step: Step, merged: MergedWeights | None) -> Conclusion:

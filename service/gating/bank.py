@@ -116,9 +116,9 @@ class ExpertBank:
         """Set the gates of the layers to come.
 
         Args:
-            patterns: one for each sequence of the step, in packing order.
-            tokens: how many tokens each sequence has in the step.
-            kept: how many of them keep their logits (0 or 1).
+            patterns: one for each run of tokens with the same gates, in packing order.
+            tokens: how many tokens each run has.
+            kept: how many of them keep their logits.
 
         Raises:
             KeyError: an expert is not resident: a lease was broken.
@@ -143,7 +143,7 @@ class ExpertBank:
 
     @contextmanager
     def after_layers(self, *, kept: bool) -> Iterator[None]:
-        """What stands behind the decoder layers sees the kept tokens alone, or routed prompts, which have no gates."""
+        """What stands behind the decoder layers sees the kept tokens alone, or routed prompts without gates."""
         held = self.state.gates
         self.state.gates = self.state.kept if kept else None
         try:

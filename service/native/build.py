@@ -79,7 +79,9 @@ def load(cache: Path) -> None:
     try:
         torch.classes.load_library(str(path))
     except OSError as error:
-        raise NativeUnavailableError(f"{path} does not load: {error}") from error
+        raise NativeUnavailableError(
+            f"{path} does not load, delete it to have it compiled again: {error}"
+        ) from error
 
 
 def _flags(level: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from service.native import build, prepack
-from service.native.parts import MATRICES, NORMS, DecoderParts, LayerParts
+from service.native.parts import MATRICES, NORMS, DecoderParts, LayerParts, UnrecognisedError
 
 _PRODUCTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Matrices that read the same input stand side by side in one product."""
@@ -72,11 +72,18 @@ class NativeDecoder:
 
     Raises:
         NativeUnavailableError: the library cannot be had.
+        UnrecognisedError: layers differ in shape, or matrices do not fit the heads.
     """
 
     def __init__(
-        self, parts: DecoderParts, attention: Sequence[AttentionShape], *, pack: bool, cache: Path | None = None
+        self,
+        parts: DecoderParts,
+        attention: Sequence[AttentionShape],
+        *,
+        pack: bool,
+        cache: Path | None = None,
     ) -> None:
+        _check_shapes(parts, attention)
         build.load(cache or build.default_cache())
         self.parts = parts
         self.packed = pack
@@ -217,6 +224,35 @@ class PreparedBase:
     weights: list[Tensor]
     biases: list[Tensor | None]
     nbytes: int
+
+
+def _check_shapes(parts: DecoderParts, attention: Sequence[AttentionShape]) -> None:
+    """The kernels read plain memory by one set of sizes: every layer must have exactly those."""
+    first = attention[0]
+    width = parts.layers[0].matrices["gate"][1].out_features
+    hidden = parts.layers[0].matrices["q"][1].in_features
+    queries, keys = first.heads * first.dim, first.key_heads * first.dim
+    wanted = {
+        "q": (queries, hidden),
+        "k": (keys, hidden),
+        "v": (keys, hidden),
+        "o": (hidden, queries),
+        "gate": (width, hidden),
+        "up": (width, hidden),
+        "down": (hidden, width),
+    }
+    for layer, shape in zip(parts.layers, attention, strict=True):
+        if (shape.heads, shape.key_heads, shape.dim) != (first.heads, first.key_heads, first.dim):
+            raise UnrecognisedError(f"the heads of {layer.path} differ from the first layer's")
+        for name, (path, module) in layer.matrices.items():
+            if (module.out_features, module.in_features) != wanted[name]:
+                raise UnrecognisedError(
+                    f"{path} is {module.out_features} x {module.in_features}, not {wanted[name]} "
+                    "as heads and first layer say"
+                )
+    rotary = {table.shape[1] for rope in parts.ropes for table in rope}
+    if len(rotary) != 1 or not max(rotary) <= first.dim:
+        raise UnrecognisedError(f"rotations of {sorted(rotary)} dimensions in heads of {first.dim}")
 
 
 def _bias(layer: LayerParts, names: Sequence[str]) -> Tensor | None:

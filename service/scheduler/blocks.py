@@ -156,6 +156,9 @@ class KvBlocks:
         before, after = sequence.computed, sequence.computed + count
         sequence.computed = after
         first, last = before // BLOCK_TOKENS, after // BLOCK_TOKENS
+        if sequence.single_pass:
+            # Its answer was computed otherwise than a prompt with the same tokens would be.
+            last = min(last, sequence.prompt_length // BLOCK_TOKENS)
         if sequence.pattern is None:
             # Blocks above would hang from a chain whose beginning nobody can name.
             sequence.shareable = False

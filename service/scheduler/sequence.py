@@ -13,7 +13,7 @@ class Sequence:
         request: what the client asked.
         pattern: its gates. None until the router has spoken: before `add`, or in the middle of a single-pass
             prefill (the engine fills it).
-        single_pass: its gates begin at a middle layer; what lies below is computed without them.
+        single_pass: in its prompt the gates begin at a middle layer; its answer has them everywhere.
         tokens: prompt, then generated ids (the engine appends).
         tables: for each KV group the block of tokens [16·i, 16·i + 16) at index i, the null block where no
             layer of the group looks any more; empty unless admitted (the scheduler fills it).

@@ -278,9 +278,14 @@ class Harness:
         assert all(count == 0 for count in self.catalogue.leases().values())
         assert set(self.catalogue.leases()) == set(self.catalogue.current().values())
         roster, intake = self.engine._roster, self.engine._intake
-        assert not (roster._live or roster._by_sequence or roster.unrouted or intake._parties)
-        assert not (self.engine.scheduler._followers or self.engine.scheduler._deadlines)
-        assert not (self.engine.residency._staged or self.engine.residency.loading)
+        assert not (roster._live)
+        assert not (roster._by_sequence)
+        assert not (roster.unrouted)
+        assert not (intake._parties)
+        assert not (self.engine.scheduler._followers)
+        assert not (self.engine.scheduler._deadlines)
+        assert not (self.engine.residency._staged)
+        assert not (self.engine.residency.loading)
         resident = {key for key in self.catalogue.current().values() if self.model.bank.resident(key)}
         assert self.model.bank.resident_count == len(resident) == len(self.engine.residency.pool)
 

@@ -44,9 +44,7 @@ def test_bfloat16_logits_stay_near_the_float32_ground_truth(
     residents = [model.bank.prepare(expert) for expert in experts]
     for resident in residents:
         model.bank.add(resident)
-    patterns = [
-        Pattern(tuple(zip([r.key for r in residents], gates, strict=False))) for gates in GATES
-    ]
+    patterns = [Pattern(tuple(zip([r.key for r in residents], gates, strict=False))) for gates in GATES]
     prompt = prompt_ids(1, 24, VOCABULARY)
     tables = [[[1 + 2 * row, 2 + 2 * row] for _ in model.cache.groups] for row in range(2)]
     batch = Batch(

@@ -63,9 +63,7 @@ def test_before_the_first_step(llama, expert, clock):
 @pytest.mark.parametrize("single_pass", [False, True])
 def test_while_it_waits_to_be_routed(llama, expert, clock, single_pass):
     router = random_router(llama, ["e"], layer=1)
-    harness = Harness(
-        llama, [expert], rows=2, router=router, single_pass=single_pass, budget=Budget(61, 61)
-    )
+    harness = Harness(llama, [expert], rows=2, router=router, single_pass=single_pass, budget=Budget(61, 61))
     for i in range(6):
         harness.submit(f"r{i}", PROMPT, None, LONG, deadline=_soon())
     harness.step()

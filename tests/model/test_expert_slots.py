@@ -26,7 +26,7 @@ def experts(plain_llama):
 
 
 def _harness(llama, experts, pool=None, **more) -> Harness:
-    harness = Harness(llama, pool=pool or SlotPool(max_experts=2), **more)
+    harness = Harness(llama, pool=SlotPool(max_experts=2) if pool is None else pool, **more)
     for expert in experts.values():
         harness.register(expert)
     return harness
@@ -38,7 +38,9 @@ def _expected(llama, experts, gates, prompt, tokens: int = 12) -> list[int]:
 
 @pytest.mark.parametrize("prefetched", [False, True], ids=["on demand", "beforehand"])
 def test_requests_for_all_of_them_are_all_answered_right(llama, experts, prefetched, native):
-    harness = Harness(llama, list(experts.values()) if prefetched else [], pool=SlotPool(max_experts=2), native=native)
+    harness = Harness(
+        llama, list(experts.values()) if prefetched else [], pool=SlotPool(max_experts=2), native=native
+    )
     for expert in experts.values():
         harness.register(expert)
     mixes = [{name: 1.0} for name in NAMES] + [
@@ -65,7 +67,7 @@ def test_requests_for_all_of_them_are_all_answered_right(llama, experts, prefetc
 
 def test_a_mix_of_more_experts_than_slots_is_answered_all_the_same(llama, experts):
     harness = _harness(llama, experts)
-    gates = {name: 0.25 for name in NAMES[:4]}
+    gates = dict.fromkeys(NAMES[:4], 0.25)
     prompt = prompt_ids(1, 20, VOCABULARY)
     harness.submit("wide", prompt, gates, TWELVE)
     for name in NAMES:

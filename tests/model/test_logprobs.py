@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from service.core import SamplingParams, TextDelta, TokenLogprobs
+from service.engine import engine as engine_module
 from service.scheduler.policy import Budget
 from tests.fixtures.tiny import VOCABULARY
 from tests.model.harness import Harness, materialised, prompt_ids, random_expert
@@ -41,10 +42,7 @@ def _check(harness: Harness, name: str, prompt, path, experts, sampling: Samplin
     answer = harness.tokens(name)
     rows = _truth(path, experts, [*prompt, *answer])
     reports = [
-        report
-        for event in harness.events[name]
-        if isinstance(event, TextDelta)
-        for report in event.logprobs
+        report for event in harness.events[name] if isinstance(event, TextDelta) for report in event.logprobs
     ]
     if sampling.logprobs is None:
         assert not reports
@@ -117,12 +115,12 @@ def test_a_prefix_from_the_cache_changes_no_log_probability(llama, native):
 
 
 def test_a_prompt_that_cannot_be_reported_fails_alone(llama, monkeypatch):
-    from service.engine import engine as engine_module
-
     harness = Harness(llama)
     asked = SamplingParams(10, temperature=0, ignore_eos=True, prompt_logprobs=1)
     harness.submit("bad", prompt_ids(1, 20, VOCABULARY), {}, asked)
-    harness.submit("good", prompt_ids(2, 20, VOCABULARY), {}, SamplingParams(10, temperature=0, ignore_eos=True))
+    harness.submit(
+        "good", prompt_ids(2, 20, VOCABULARY), {}, SamplingParams(10, temperature=0, ignore_eos=True)
+    )
 
     def explode(*_):
         raise ValueError("no words for it")

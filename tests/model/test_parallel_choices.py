@@ -1,7 +1,6 @@
 """n choices for one prompt: it is computed once, and every choice is what it would be alone."""
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 from service.core import Failed, Finished, SamplingParams
 from service.engine.roster import StepResult
@@ -80,7 +79,9 @@ def test_followers_take_over_the_leaders_gates_and_route_once(llama, experts, na
     assert outcomes[0].router_generation == router.generation
     assert sum(stats.routed_requests for stats in harness.stats) == (0 if single_pass else 1)
     assert harness.prefilled == 41 + 3 * (41 - 32)
-    lone = Harness(llama, experts, native=native, router=router, single_pass=single_pass, budget=Budget(64, 64))
+    lone = Harness(
+        llama, experts, native=native, router=router, single_pass=single_pass, budget=Budget(64, 64)
+    )
     for i in range(4):
         lone.submit(f"c{i}", PROMPT, None, _sampling(i))
         lone.run()

@@ -77,9 +77,7 @@ def test_the_less_urgent_gives_way_and_the_urgent_never(llama):
         harness.step()
         assert urgent.preemptions == 0
     assert harness.preemptions > 0
-    assert harness.tokens("urgent") == reference(
-        materialised(llama, []), prompt_ids(9, 20, VOCABULARY), 60
-    )
+    assert harness.tokens("urgent") == reference(materialised(llama, []), prompt_ids(9, 20, VOCABULARY), 60)
     harness.assert_idle()
 
 

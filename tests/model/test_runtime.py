@@ -1,15 +1,20 @@
 """From the event loop: one terminal event always, nothing waits for ever, experts change under way."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from experts.bundle import Bundle
 from service.core import Failed, Finished, GenerationRequest, RoutingChoice, SamplingParams, TextDelta
+from service.engine.assembly import EngineOptions
+from service.engine.model import ModelOptions
 from service.errors import (
     ContextLengthError,
+    DeadlineExceededError,
     EngineDeadError,
     ExpertNotFoundError,
     InvalidRequestError,
@@ -18,6 +23,7 @@ from service.errors import (
     UnknownExpertError,
 )
 from service.runtime import Runtime, RuntimeConfig, open_runtime
+from service.scheduler.policy import Limits
 from tests.fixtures.tiny import VOCABULARY, tiny_family
 from tests.model.harness import prompt_ids
 
@@ -41,8 +47,11 @@ class Recorder:
 
 
 @asynccontextmanager
-async def _open(bundle: Bundle, stats=None, **config) -> AsyncIterator[Runtime]:
-    runtime = open_runtime(bundle, RuntimeConfig(dtype="float32", threads=1, **config), stats)
+async def _open(
+    bundle: Bundle, stats=None, max_batch: int = 32, engine: dict | None = None, **config
+) -> AsyncIterator[Runtime]:
+    options = EngineOptions(limits=Limits(max_batch), **engine or {})
+    runtime = open_runtime(bundle, RuntimeConfig(options, dtype="float32", threads=1, **config), stats)
     try:
         yield runtime
     finally:
@@ -76,7 +85,9 @@ def test_many_requests_at_once_all_end_and_are_counted(bundle):
             for i in range(4):
                 assert len({tuple(_tokens(answers[j])) for j in range(i, 24, 4)}) == 1
             gauges = runtime.gauges()
-            assert (gauges.running, gauges.waiting, gauges.kv_rows_used) == (0, 0, 0)
+            assert (gauges.running, gauges.waiting, gauges.kv_blocks_used) == (0, 0, 0)
+            assert 0 < gauges.kv_blocks_cached <= gauges.kv_blocks_total
+            assert (gauges.experts_registered, gauges.experts_resident) == (3, 3)
         assert len(recorder.requests) == 24
         assert sum(step.generated_tokens for step in recorder.steps) == 24 * 12
         assert {step.mode for step in recorder.steps} <= {"shared", "factored"}
@@ -327,5 +338,60 @@ def test_route_explains_without_generating(bundle):
             events = await _events(runtime.submit(_request("r", seed=0)))
             assert events[-1].routing.router_generation == bundle.router().generation
         assert [s.leases for s in runtime.experts()] == [0, 0, 0]
+
+    asyncio.run(scenario())
+
+
+def test_requests_wait_for_slots_and_are_woken_when_their_experts_have_come(bundle):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+            expected = {}
+            for name in ("alpha", "beta", "gamma"):
+                expected[name] = _tokens(await _events(runtime.submit(_request(name, {name: 1.0}))))
+        async with _open(bundle, max_experts=1) as runtime:
+            assert sum(status.resident for status in runtime.experts()) == 1
+            names = ["alpha", "beta", "gamma"] * 3
+            generations = [runtime.submit(_request(f"{i}", {name: 1.0})) for i, name in enumerate(names)]
+            answers = await asyncio.gather(*(_events(generation) for generation in generations))
+            assert [_tokens(events) for events in answers] == [expected[name] for name in names]
+            gauges = runtime.gauges()
+            assert gauges.expert_evictions >= 2
+            assert gauges.experts_resident == 1
+            assert [status.leases for status in runtime.experts()] == [0, 0, 0]
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_only_pinned_experts_stay_when_slots_are_few(bundle):
+    async def scenario() -> None:
+        async with _open(bundle, max_experts=2, pinned_experts=("gamma",)) as runtime:
+            for i, name in enumerate(["alpha", "beta", "alpha", "beta"]):
+                await _events(runtime.submit(_request(f"{i}", {name: 1.0})))
+                resident = {status.name for status in runtime.experts() if status.resident}
+                assert resident == {name, "gamma"}
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_deadline_ends_a_request_that_waits_in_an_idle_looking_engine(bundle):
+    async def scenario() -> None:
+        async with _open(bundle, max_batch=1) as runtime:
+            now = time.monotonic()
+            first = runtime.submit(_request("first", tokens=200))
+            late = replace(_request("late", {"alpha": 1.0}, tokens=200), deadline=now)
+            events = await _events(runtime.submit(late))
+            assert isinstance(events[-1].error, DeadlineExceededError)
+            assert isinstance((await _events(first))[-1], Finished)
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_prompt_that_the_whole_cache_could_not_hold_is_refused_by_name(bundle):
+    async def scenario() -> None:
+        small = {"model": ModelOptions(kv_bytes=0, max_tokens=64)}
+        async with _open(bundle, engine=small) as runtime:
+            assert runtime.max_context == 64
+            with pytest.raises(ContextLengthError, match="the context is 64"):
+                runtime.submit(_request("r", tokens=60))
 
     asyncio.run(scenario())

@@ -1,17 +1,17 @@
-"""Gates that are found in the middle of a request's own prefill: layers below stay the shared expert's."""
+"""Gates that are found in the middle of a request's own prefill: below it the prompt goes without them."""
 
 import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from experts.routing import extract_features, select_gates
 from service.core import SamplingParams
 from service.engine.live import Question
 from service.scheduler.policy import Budget
 from tests.fixtures.tiny import VOCABULARY, tiny_model
-from tests.model.harness import Harness, materialised, prompt_ids, random_expert, reference
+from tests.model.harness import Harness, materialised, prompt_ids, random_expert
 from tests.model.routers import random_router
 
 NAMES = ("e0", "e1", "e2")
@@ -20,7 +20,7 @@ LONG = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
 ONE_STEP = Budget(64, 64)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3", "gpt2"])
 def path(request, tmp_path_factory: pytest.TempPathFactory):
     name = "n_layer" if request.param == "gpt2" else "num_hidden_layers"
     more = {name: DEPTH}
@@ -32,10 +32,10 @@ def path(request, tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def experts(path):
     plain = AutoModelForCausalLM.from_pretrained(path)
-    # The table is the head too in these models, and the head lies above the routing depth, the table below.
-    tied = {name for name, _ in plain.named_parameters() if "embed" in name or "wte" in name or "wpe" in name}
+    # Where the table is the head too, one plain model cannot have it gated above and not below.
+    tied = plain.config.tie_word_embeddings
     return {
-        name: random_expert(plain, name, seed=i, ranks=(3, 5), only=lambda n: n not in tied)
+        name: random_expert(plain, name, seed=i, ranks=(3, 5), only=lambda n: not (tied and table(n)))
         for i, name in enumerate(NAMES)
     }
 
@@ -47,19 +47,36 @@ def native(native, path):
     return native
 
 
+def table(name: str) -> bool:
+    """Embeddings of tokens or positions."""
+    return any(part in name for part in ("embed_tokens", "wte", "wpe"))
+
+
 def above(layer: int):
     """Parameters of the layers from `layer` on, counted from 0, and of what stands behind the last."""
 
     def test(name: str) -> bool:
+        if table(name):
+            return layer == 0
         found = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
         return found is None or int(found.group(1)) >= layer
 
     return test
 
 
+@torch.inference_mode()
 def _expected(path, experts, gates, layer, prompt, tokens: int = 20) -> list[int]:
-    model = materialised(path, [(experts[name], gate) for name, gate in gates.items()], only=above(layer))
-    return reference(model, prompt, tokens)
+    """Greedy tokens of a plain model whose lower layers carry the gates for the answer's tokens alone."""
+    mix = [(experts[name], gate) for name, gate in gates.items()]
+    cache = DynamicCache(config=AutoConfig.from_pretrained(path))
+    ids, model, found = torch.tensor([prompt]), materialised(path, mix, only=above(layer)), []
+    for _ in range(tokens):
+        logits = model(ids, past_key_values=cache, use_cache=True).logits[0, -1]
+        found.append(int(logits.argmax()))
+        if len(found) == 1 and layer:
+            model = materialised(path, mix)
+        ids = torch.tensor([found[-1:]])
+    return found
 
 
 def _gates(path, router, prompt):
@@ -69,7 +86,9 @@ def _gates(path, router, prompt):
 
 
 @pytest.mark.parametrize("layer", [1, 2, 4])
-def test_only_the_layers_from_the_routing_depth_on_carry_the_gates(path, experts, layer, native):
+def test_the_prompt_has_its_gates_from_the_routing_depth_on_and_the_answer_everywhere(
+    path, experts, layer, native
+):
     router = random_router(path, NAMES, layer=layer, pooling="mean_last")
     harness = Harness(
         path, list(experts.values()), router=router, single_pass=True, native=native, budget=ONE_STEP
@@ -146,13 +165,35 @@ def test_several_choices_of_one_prompt_follow_the_one_that_was_routed(path, expe
     harness.assert_idle()
 
 
+def test_an_answer_that_becomes_part_of_a_prompt_is_computed_as_a_prompt(path, experts, native):
+    # One expert, so that both turns have the same gates.
+    router = random_router(path, NAMES[:1], layer=2)
+    harness = Harness(
+        path, list(experts.values()), router=router, single_pass=True, native=native, budget=ONE_STEP
+    )
+    first = prompt_ids(5, 20, VOCABULARY)
+    harness.submit("first", first, None, LONG)
+    harness.run()
+    second = (*first, *harness.tokens("first"), *prompt_ids(6, 15, VOCABULARY))
+    for i in range(2):
+        harness.submit(f"c{i}", second, None, LONG, leader="c0" if i else None)
+    harness.run()
+    assert harness.finished("c1").usage.cached_tokens == 48
+    expected = _expected(path, experts, {"e0": 1.0}, 2, second)
+    assert harness.tokens("c0") == harness.tokens("c1") == expected
+    harness.assert_idle()
+
+
 def test_what_cannot_be_routed_in_one_pass_is_routed_before(path, experts, native):
     router = random_router(path, NAMES, layer=2, max_tokens=40)
     harness = Harness(
         path, list(experts.values()), router=router, single_pass=True, native=native, max_tokens=200,
         budget=Budget(64, 48),
     )  # fmt: skip
-    prompts = {"too long to read": prompt_ids(1, 45, VOCABULARY), "too long for a step": prompt_ids(2, 90, VOCABULARY)}
+    prompts = {
+        "too long to read": prompt_ids(1, 45, VOCABULARY),
+        "too long for a step": prompt_ids(2, 90, VOCABULARY),
+    }
     for name, prompt in prompts.items():
         harness.submit(name, prompt, None, LONG)
     asked = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, prompt_logprobs=1)
