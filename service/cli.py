@@ -87,7 +87,9 @@ def serve(
 
 
 def native(
-    cache: Annotated[Path | None, typer.Option(help="Folder of libraries; the user's cache if not given.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of libraries; the user's cache if not given.")
+    ] = None,
     every_level: Annotated[
         bool, typer.Option("--all", help="For every processor level, as for an image that runs elsewhere.")
     ] = False,

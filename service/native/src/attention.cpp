@@ -1,7 +1,8 @@
 // Attention of decoding sequences over the paged cache, and the copies in and out of it.
 //
 // A block of keys lies as (groups, dim, kBlockTokens): one vector holds the same component of sixteen keys, so
-// that scores need no sums across a vector. Values lie as (kBlockTokens, groups, dim).
+// that scores need no sums across a vector. Values lie as (groups, kBlockTokens, dim). What one key head needs of
+// a block is thus one run of memory for the keys and one for the values, asked for one block ahead.
 
 #include <algorithm>
 #include <limits>
@@ -18,6 +19,12 @@ static_assert(kBlockTokens == kLanes, "a block of keys is one vector wide");
 constexpr int kTogether = 4;  // query heads of one key head handled together
 constexpr int kVectors = 4;   // vectors of a value handled together
 
+template <typename T>
+void ask(const T* from, std::int64_t count) {
+    constexpr std::int64_t line = 64 / sizeof(T);
+    for (std::int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
+}
+
 // scores (Count, blocks * kLanes) of the queries (Count, dim) against whole blocks [first, last) of keys.
 template <typename T, int Count>
 void score(const float* query, std::int64_t dim, const T* keys, std::int64_t block_size, const std::int32_t* table,
@@ -25,6 +32,7 @@ void score(const float* query, std::int64_t dim, const T* keys, std::int64_t blo
     const std::int64_t stride = (last - first) * kLanes;
     for (std::int64_t block = first; block < last; ++block) {
         const T* key = keys + table[block] * block_size;
+        if (block + 1 < last) ask(keys + table[block + 1] * block_size, dim * kLanes);
         lanes sums[Count] = {};
         for (std::int64_t i = 0; i < dim; ++i) {
             const lanes component = load(key + i * kLanes);
@@ -50,32 +58,34 @@ void softmax(float* scores, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) scores[i] *= inverse;
 }
 
-// out (Count, stride) columns [column, column + width) = weights (Count, weights_stride) times the values.
+// out (Count, dim) = weights (Count, stride), from the key `begin` on, times the values.
 template <typename T, int Count>
-void weigh(const float* weights, std::int64_t weights_stride, const T* values, std::int64_t row,
-           const std::int32_t* table, std::int64_t begin, std::int64_t end, std::int64_t width, T* out,
-           std::int64_t stride) {
+void weigh(const float* weights, std::int64_t stride, const T* values, std::int64_t block_size,
+           const std::int32_t* table, std::int64_t begin, std::int64_t end, std::int64_t dim, T* out) {
     std::int64_t column = 0;
-    for (; column + kVectors * kLanes <= width; column += kVectors * kLanes) {
+    for (; column + kVectors * kLanes <= dim; column += kVectors * kLanes) {
         lanes sums[Count][kVectors] = {};
-        for (std::int64_t at = begin; at < end; ++at) {
-            const T* value = values + (table[at / kBlockTokens] * kBlockTokens + at % kBlockTokens) * row + column;
-            lanes parts[kVectors];
-            for (int v = 0; v < kVectors; ++v) parts[v] = load(value + v * kLanes);
-            for (int h = 0; h < Count; ++h)
-                for (int v = 0; v < kVectors; ++v)
-                    sums[h][v] += weights[h * weights_stride + at - begin] * parts[v];
+        for (std::int64_t at = begin; at < end;) {
+            const std::int64_t block = at / kBlockTokens, stop = std::min(end, (block + 1) * kBlockTokens);
+            if (stop < end && column == 0) ask(values + table[block + 1] * block_size, kBlockTokens * dim);
+            const T* value = values + table[block] * block_size + at % kBlockTokens * dim + column;
+            for (; at < stop; ++at, value += dim) {
+                lanes parts[kVectors];
+                for (int v = 0; v < kVectors; ++v) parts[v] = load(value + v * kLanes);
+                for (int h = 0; h < Count; ++h)
+                    for (int v = 0; v < kVectors; ++v) sums[h][v] += weights[h * stride + at - begin] * parts[v];
+            }
         }
         for (int h = 0; h < Count; ++h)
-            for (int v = 0; v < kVectors; ++v) save(out + h * stride + column + v * kLanes, sums[h][v]);
+            for (int v = 0; v < kVectors; ++v) save(out + h * dim + column + v * kLanes, sums[h][v]);
     }
-    for (; column < width; ++column) {
+    for (; column < dim; ++column) {
         for (int h = 0; h < Count; ++h) {
             float sum = 0;
             for (std::int64_t at = begin; at < end; ++at)
-                sum += weights[h * weights_stride + at - begin] *
-                       widen(values[(table[at / kBlockTokens] * kBlockTokens + at % kBlockTokens) * row + column]);
-            out[h * stride + column] = narrow<T>(sum);
+                sum += weights[h * stride + at - begin] *
+                       widen(values[table[at / kBlockTokens] * block_size + at % kBlockTokens * dim + column]);
+            out[h * dim + column] = narrow<T>(sum);
         }
     }
 }
@@ -85,17 +95,21 @@ template <typename T, int Count>
 void attend(const T* query, std::int64_t group, const Heads& shape, const T* keys, const T* values,
             const std::int32_t* table, std::int64_t begin, std::int64_t end, float scale, std::vector<float>& scratch,
             T* out) {
-    const std::int64_t dim = shape.dim, row = shape.groups * dim;
+    const std::int64_t dim = shape.dim, block_size = shape.groups * dim * kBlockTokens;
     const std::int64_t first = begin / kBlockTokens, last = (end + kBlockTokens - 1) / kBlockTokens;
     const std::int64_t stride = (last - first) * kLanes;
     scratch.resize(Count * (stride + dim));
     float* scores = scratch.data();
     float* wide = scores + Count * stride;
     for (std::int64_t i = 0; i < Count * dim; ++i) wide[i] = widen(query[i]) * scale;
-    score<T, Count>(wide, dim, keys + group * dim * kBlockTokens, row * kBlockTokens, table, first, last, scores);
+    keys += group * dim * kBlockTokens;
+    values += group * dim * kBlockTokens;
+    ask(keys + table[first] * block_size, dim * kLanes);
+    score<T, Count>(wide, dim, keys, block_size, table, first, last, scores);
+    ask(values + table[first] * block_size, dim * kLanes);
     float* visible = scores + begin - first * kBlockTokens;
     for (int h = 0; h < Count; ++h) softmax(visible + h * stride, end - begin);
-    weigh<T, Count>(visible, stride, values + group * dim, row, table, begin, end, dim, out, dim);
+    weigh<T, Count>(visible, stride, values, block_size, table, begin, end, dim, out);
 }
 
 }  // namespace
@@ -107,7 +121,11 @@ void store(const T* qkv, std::int64_t tokens, const Heads& shape, const std::int
         const T* key = qkv + t * shape.stride() + shape.heads * shape.dim;
         T* block = keys + slots[t] / kBlockTokens * kBlockTokens * row + slots[t] % kBlockTokens;
         for (std::int64_t i = 0; i < row; ++i) block[i * kBlockTokens] = key[i];
-        std::copy(key + row, key + 2 * row, values + slots[t] * row);
+        T* target = values + slots[t] / kBlockTokens * kBlockTokens * row + slots[t] % kBlockTokens * shape.dim;
+        for (std::int64_t g = 0; g < shape.groups; ++g) {
+            const T* value = key + row + g * shape.dim;
+            std::copy(value, value + shape.dim, target + g * kBlockTokens * shape.dim);
+        }
     }
 }
 
@@ -159,10 +177,8 @@ void gather(const T* keys, const T* values, const std::int32_t* table, std::int6
             const T* from = keys + base + g * dim * kBlockTokens;
             for (std::int64_t i = 0; i < count; ++i)
                 for (std::int64_t c = 0; c < dim; ++c) to[i * dim + c] = from[c * kBlockTokens + i];
-            for (std::int64_t i = 0; i < count; ++i) {
-                const T* token = values + base + i * row + g * dim;
-                std::copy(token, token + dim, value + (g * length + b * kBlockTokens + i) * dim);
-            }
+            const T* token = values + base + g * dim * kBlockTokens;
+            std::copy(token, token + count * dim, value + (g * length + b * kBlockTokens) * dim);
         }
     }
 }

@@ -53,6 +53,18 @@ T* data(const Tensor& tensor) {
     return static_cast<T*>(tensor.data_ptr());
 }
 
+// (rank, out) → tiles.
+Tensor tiled(const Tensor& b) {
+    if (!b.defined()) return b;
+    const std::int64_t rank = b.size(0), out = b.size(1);
+    Tensor tiles = at::empty({(out + kColumns - 1) / kColumns, rank, kColumns}, b.options());
+    if (b.scalar_type() == at::kBFloat16)
+        tile(data<bf16>(b), rank, out, data<bf16>(tiles));
+    else
+        tile(data<float>(b), rank, out, data<float>(tiles));
+    return tiles;
+}
+
 Tensor packed_linear(const Tensor& x, const Product& product) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
@@ -113,7 +125,7 @@ class Decoder : public torch::CustomClassHolder {
             const std::int64_t at = each * static_cast<std::int64_t>(l);
             for (std::int64_t m = 0; m < kMatrices; ++m) {
                 layers[l].a.push_back(optional_tensor(tensors, at + 3 * m));
-                layers[l].b.push_back(optional_tensor(tensors, at + 3 * m + 1));
+                layers[l].b.push_back(tiled(optional_tensor(tensors, at + 3 * m + 1)));
                 layers[l].bias.push_back(optional_tensor(tensors, at + 3 * m + 2));
             }
             for (std::int64_t n = 0; n < kNorms; ++n)

@@ -9,7 +9,8 @@
 namespace twinserve {
 
 // One expert's part of one layer's linear map y (out) = W x (in): y += gate * (B^T (A x) + bias).
-// `a` is (rank, in), `b` is (rank, out), both null where the rank is 0; `bias` is (out) or null.
+// `a` is (rank, in) and `b` holds (rank, out) as `tile` leaves it, both null where the rank is 0; `bias` is
+// (out) or null.
 template <typename T>
 struct Factors {
     const T* a = nullptr;
@@ -17,6 +18,13 @@ struct Factors {
     const float* bias = nullptr;
     std::int64_t rank = 0;
 };
+
+// Columns of an output that are worked on together.
+constexpr std::int64_t kColumns = 64;
+
+// b (rank, out) → tiles (out / kColumns rounded up, rank, kColumns), the last one filled up with zeros.
+template <typename T>
+void tile(const T* b, std::int64_t rank, std::int64_t out, T* tiled);
 
 // Who is mixed into which tokens of a step. Experts are numbered by their place in `slots`.
 struct Mix {
@@ -77,7 +85,8 @@ template <typename T>
 void rotate(T* qkv, std::int64_t tokens, const Heads& shape, const std::int32_t* positions, const float* cosine,
             const float* sine, const Scales& query, const Scales& key, const Mix& mix);
 
-// The cache of one layer, in blocks: keys (groups, dim, kBlockTokens), values (kBlockTokens, groups, dim).
+// The cache of one layer, in blocks: keys (groups, dim, kBlockTokens), values
+// (groups, kBlockTokens, dim).
 constexpr std::int64_t kBlockTokens = 16;
 
 // Store the keys and values of `tokens` tokens; slots[t] = block * kBlockTokens + offset.

@@ -15,8 +15,18 @@ namespace {
 constexpr int kRows = 4;               // factor rows multiplied together
 constexpr int kTogether = 4;           // tokens multiplied together
 constexpr int kVectors = 4;            // vectors of a tile's row
-constexpr std::int64_t kColumns = kVectors * kLanes;
 constexpr std::int64_t kTokens = 64;   // tokens of a tile
+constexpr std::size_t kAhead = 4;      // experts whose factors are asked for ahead of use
+
+static_assert(kColumns == kVectors * kLanes);
+
+// Have memory that will be read soon brought near: factors of many experts are short and far apart, and the
+// processor's own look-ahead starts anew with each.
+template <typename T>
+void ask(const T* from, std::int64_t count) {
+    constexpr std::int64_t line = 64 / sizeof(T);
+    for (std::int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
+}
 
 // hidden[u * rank + j] = gate_u * (a_j . x_{token u}) for `Rows` factor rows and `Tokens` uses.
 template <typename T, int Rows, int Tokens>
@@ -67,27 +77,20 @@ struct Sums {
     bool used[kTokens] = {};
 };
 
-// sums[token of each use] += sum_j h_j b[j, :kColumns], for uses whose factors are the same.
+// sums[token of each use] += sum_j h_j b[j], for uses whose factors are the same; b is a tile (rank, kColumns).
 template <typename T, int Tokens>
-void collect(const T* b, std::int64_t out, std::int64_t rank, const float* h, Sums& sums, const std::int64_t* at) {
+void collect(const T* b, std::int64_t rank, const float* h, Sums& sums, const std::int64_t* at) {
     lanes acc[Tokens][kVectors];
     for (int t = 0; t < Tokens; ++t)
         for (int v = 0; v < kVectors; ++v) acc[t][v] = load(sums.values[at[t]] + v * kLanes);
     for (std::int64_t j = 0; j < rank; ++j) {
         lanes row[kVectors];
-        for (int v = 0; v < kVectors; ++v) row[v] = load(b + j * out + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) row[v] = load(b + j * kColumns + v * kLanes);
         for (int t = 0; t < Tokens; ++t)
             for (int v = 0; v < kVectors; ++v) acc[t][v] += h[t * rank + j] * row[v];
     }
     for (int t = 0; t < Tokens; ++t)
         for (int v = 0; v < kVectors; ++v) save(sums.values[at[t]] + v * kLanes, acc[t][v]);
-}
-
-// The same for the narrow tile at the end of a matrix.
-template <typename T>
-void collect_narrow(const T* b, std::int64_t out, std::int64_t width, std::int64_t rank, const float* h, float* sums) {
-    for (std::int64_t j = 0; j < rank; ++j)
-        for (std::int64_t c = 0; c < width; ++c) sums[c] += h[j] * widen(b[j * out + c]);
 }
 
 struct Projection {
@@ -99,10 +102,10 @@ struct Tile {
     std::int64_t column, width, token, tokens;
 };
 
-// What one tile of y gains.
-template <typename T>
+// What one tile of y gains. `fetch(e)` is told ahead of time which expert's factors come.
+template <typename T, typename Fetch>
 void finish(const Tile& tile, const Part<T>& part, const Mix& mix, const float* hidden, const std::int64_t* offsets,
-            T* y, std::int64_t stride) {
+            T* y, std::int64_t stride, const Fetch& fetch) {
     Sums sums;
     T* target = y + tile.token * stride + part.column + tile.column;
     const auto open = [&](std::int64_t token) {
@@ -110,10 +113,12 @@ void finish(const Tile& tile, const Part<T>& part, const Mix& mix, const float* 
         if (!sums.used[t]) {
             sums.used[t] = true;
             for (std::int64_t c = 0; c < tile.width; ++c) sums.values[t][c] = widen(target[t * stride + c]);
+            for (std::int64_t c = tile.width; c < kColumns; ++c) sums.values[t][c] = 0;
         }
         return t;
     };
     for (std::size_t e = 0; e < mix.uses.size(); ++e) {
+        fetch(e + kAhead);
         const Factors<T>& factors = part.experts[e];
         if (factors.rank == 0 && factors.bias == nullptr) continue;
         const std::vector<Mix::Use>& uses = mix.uses[e];
@@ -121,20 +126,17 @@ void finish(const Tile& tile, const Part<T>& part, const Mix& mix, const float* 
         const auto first = std::lower_bound(uses.begin(), uses.end(), tile.token, before);
         const auto last = std::lower_bound(first, uses.end(), tile.token + tile.tokens, before);
         const float* h = hidden + offsets[e] + (first - uses.begin()) * factors.rank;
-        const T* b = factors.b + tile.column;
+        const T* b = factors.b + tile.column * factors.rank;
         for (auto use = first; use != last;) {
-            const bool whole = tile.width == kColumns;
-            const int together = whole && last - use >= kTogether ? kTogether : whole && last - use >= 2 ? 2 : 1;
+            const int together = last - use >= kTogether ? kTogether : last - use >= 2 ? 2 : 1;
             std::int64_t at[kTogether];
             for (int t = 0; t < together; ++t) at[t] = open(use[t].token);
-            if (!whole)
-                collect_narrow(b, part.out, tile.width, factors.rank, h, sums.values[at[0]]);
-            else if (together == kTogether)
-                collect<T, kTogether>(b, part.out, factors.rank, h, sums, at);
+            if (together == kTogether)
+                collect<T, kTogether>(b, factors.rank, h, sums, at);
             else if (together == 2)
-                collect<T, 2>(b, part.out, factors.rank, h, sums, at);
+                collect<T, 2>(b, factors.rank, h, sums, at);
             else
-                collect<T, 1>(b, part.out, factors.rank, h, sums, at);
+                collect<T, 1>(b, factors.rank, h, sums, at);
             if (factors.bias != nullptr)
                 for (int t = 0; t < together; ++t)
                     for (std::int64_t c = 0; c < tile.width; ++c)
@@ -184,19 +186,42 @@ void add_mix(const T* x, std::int64_t tokens, std::int64_t in, T* y, std::int64_
 
 #pragma omp parallel
     {
-#pragma omp for schedule(static, 1)
+#pragma omp for schedule(static)
         for (std::size_t i = 0; i < projections.size(); ++i) {
+            if (i + 1 < projections.size()) {
+                const Projection& next = projections[i + 1];
+                ask(parts[next.part].experts[next.expert].a + next.row * in, next.rows * in);
+            }
             const Projection& job = projections[i];
             const Factors<T>& factors = parts[job.part].experts[job.expert];
             project_rows(job.rows, x, in, factors.a + job.row * in, mix.uses[job.expert],
                          hidden + offsets[job.part * experts + job.expert] + job.row, factors.rank);
         }
-#pragma omp for schedule(static, 1)
-        for (std::size_t i = 0; i < tiles.size(); ++i)
-            finish(tiles[i], parts[tiles[i].part], mix, hidden, offsets.data() + tiles[i].part * experts, y, stride);
+#pragma omp for schedule(static)
+        for (std::size_t i = 0; i < tiles.size(); ++i) {
+            const auto fetch = [&](std::size_t e) {
+                const std::size_t behind = i + e / experts;
+                if (behind >= tiles.size()) return;
+                const Tile& tile = tiles[behind];
+                const Factors<T>& factors = parts[tile.part].experts[e % experts];
+                ask(factors.b + tile.column * factors.rank, factors.rank * kColumns);
+            };
+            finish(tiles[i], parts[tiles[i].part], mix, hidden, offsets.data() + tiles[i].part * experts, y, stride,
+                   fetch);
+        }
     }
 }
 
+template <typename T>
+void tile(const T* b, std::int64_t rank, std::int64_t out, T* tiled) {
+    for (std::int64_t column = 0; column < out; column += kColumns)
+        for (std::int64_t j = 0; j < rank; ++j)
+            for (std::int64_t c = 0; c < kColumns; ++c)
+                *tiled++ = column + c < out ? b[j * out + column + c] : narrow<T>(0.0f);
+}
+
+template void tile<float>(const float*, std::int64_t, std::int64_t, float*);
+template void tile<bf16>(const bf16*, std::int64_t, std::int64_t, bf16*);
 template void add_mix<float>(const float*, std::int64_t, std::int64_t, float*, std::int64_t,
                              const std::vector<Part<float>>&, const Mix&, std::vector<float>&);
 template void add_mix<bf16>(const bf16*, std::int64_t, std::int64_t, bf16*, std::int64_t,
