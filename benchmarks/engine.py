@@ -37,6 +37,8 @@ SECTIONS = {
     "routing": "routing:routing",
     "loading": "interruptions:loading",
     "longprompt": "interruptions:longprompt",
+    "merged": "merged:merged",
+    "startup": "startup:startup",
     "memory": "memory:memory",
     "kernels": "kernels:kernels",
 }

@@ -9,27 +9,43 @@ from benchmarks.paired import Run, alternate
 from benchmarks.report import Figure
 from benchmarks.workload import Load
 from experts.bundle import Bundle
+from experts.routing import MlpRouter
+
+_SHALLOW = 3
+"""A shallow depth, for those whose prompts follow fixed templates (`results/depth.md`)."""
 
 
 def routing(context: Context) -> list[Figure]:
-    """A pass of its own for the router, and single-pass routing where the router reads a layer in the middle."""
+    """At the router's own depth and at a shallow one: a pass of its own for the router, and single-pass routing."""
     bundle = Bundle.open(context.bundle)
     router = bundle.router()
-    if router is None:
+    if not isinstance(router, MlpRouter):
         return [
-            context.missing("routing share of TTFT", "%", "lower", "the bundle has no router", at_least=15)
+            context.missing(
+                "routing share of TTFT", "%", "lower", "the bundle has no MLP router", at_least=15
+            )
         ]
-    layer = router.spec.layer
-    depth = "the last layer" if layer == -1 else f"layer {layer}"
-    figures = _ways(context, bundle, single_pass=False, title=f"own pass up to {depth}")
-    if layer == -1:
-        why = "the bundle's router reads the last layer, and gates must be known before it"
-        return [*figures, context.missing("routing share of TTFT, single pass", "%", "lower", why)]
-    return figures + _ways(context, bundle, single_pass=True, title=f"single pass, gates from {depth} on")
+    figures = []
+    for layer in dict.fromkeys((router.spec.layer, _SHALLOW)):
+        # What the router then says is worthless; what it costs is the same.
+        reading = replace(router, spec=router.spec.model_copy(update={"layer": layer}))
+        depth = "the last layer" if layer == -1 else f"layer {layer}"
+        figures += _ways(context, bundle, reading, single_pass=False, title=f"own pass up to {depth}")
+        if layer != -1:
+            title = f"single pass, the prompt's gates from {depth} on"
+            figures += _ways(context, bundle, reading, single_pass=True, title=title)
+    return figures
 
 
-def _ways(context: Context, bundle: Bundle, *, single_pass: bool, title: str) -> list[Figure]:
-    engine = EngineAlone.of_bundle(bundle, replace(defaults(), single_pass=single_pass))
+def _ways(
+    context: Context, bundle: Bundle, router: MlpRouter, *, single_pass: bool, title: str
+) -> list[Figure]:
+    engine = EngineAlone(
+        bundle.shared_path,
+        [bundle.expert(name) for name in bundle.expert_names()],
+        router=router,
+        options=replace(defaults(), single_pass=single_pass),
+    )
     prompt = context.size(128, 16)
     some = Load(tuple(engine.experts), engine.vocabulary, prompt_tokens=prompt)
     return [
