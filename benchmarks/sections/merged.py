@@ -7,6 +7,7 @@ from benchmarks.context import Context
 from benchmarks.report import Figure
 from experts.bundle import Bundle
 from service.engine.costs import measure_costs
+from service.engine.loader import loader_thread
 
 _STEPS = (
     (1, "decode, batch 1"),
@@ -19,13 +20,14 @@ _STEPS = (
 def merged(context: Context) -> list[Figure]:
     """The cost model as it is measured at start-up, and the crossover that follows from it."""
     engine = EngineAlone.of_bundle(Bundle.open(context.bundle), replace(defaults(), mode="factored")).engine
-    rounds = [measure_costs(engine.model) for _ in range(context.size(5, 1))]
+    with loader_thread() as executor:
+        rounds = [measure_costs(engine.model, executor) for _ in range(context.size(5, 1))]
     figures = [
         context.figure(
             "merged: making one pattern's weights",
             [costs.making * 1000 for costs in rounds],
             "ms",
-            note="materialised from the shared weights in float32 and packed, on the engine's threads",
+            note="materialised from the shared weights in float32 and packed, on one thread, with no steps beside it",
         )
     ]
     for tokens, title in _STEPS:

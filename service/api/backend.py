@@ -1,6 +1,6 @@
 """What the API needs of the runtime, as protocols; `service.runtime.Runtime` fits them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from service.core import EngineGauges, Event, ExpertStatus, GenerationRequest, RoutingChoice, RoutingOutcome
@@ -63,6 +63,10 @@ class Backend(Protocol):
         self, prompts: Sequence[tuple[int, ...]], choice: RoutingChoice
     ) -> Sequence[RoutingOutcome]:
         """Gates of each prompt, without generating."""
+        ...
+
+    def expert_names(self) -> Collection[str]:
+        """Every expert that can be named."""
         ...
 
     def experts(self) -> Sequence[ExpertStatus]:

@@ -105,7 +105,7 @@ def choose_routing(
         LimitExceededError: more gates than experts, or a weight beyond `max_gate`.
         InvalidRequestError: the three contradict each other.
     """
-    experts = {status.name for status in backend.experts() if status.state == "active"}
+    experts = set(backend.expert_names())
     routed = model == backend.bundle_name
     if not routed and model != SHARED and model not in experts:
         raise _no_model(model)

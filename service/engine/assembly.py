@@ -1,5 +1,6 @@
 """From a model folder to an engine: the one place that knows which part needs which."""
 
+import logging
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from service.scheduler.blocks import KvBlocks
 from service.scheduler.catalogue import Catalogue
 from service.scheduler.policy import Budget, Limits, Policy
 from service.scheduler.scheduler import Scheduler
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +61,14 @@ def assemble(
     executor: Executor,
     dtype: torch.dtype,
     device: torch.device,
+    merging: Executor | None = None,
 ) -> Engine:
     """Load the shared model and put an engine around it; it has no experts yet.
 
     Args:
         path: the shared model's folder.
         source: where experts come from that have no slot.
-        executor: for everything beside the engine thread, limited to one torch thread.
+        executor: loads experts, and makes materialised weights unless `merging` does; one torch thread each.
 
     Raises:
         ExpertRejectedError: the shared model cannot be served exactly.
@@ -84,13 +88,16 @@ def assemble(
     )
     kv = KvBlocks(model.cache.groups, prefix_cache=options.prefix_cache)
     scheduler = Scheduler(options.limits, kv, options.budget, options.policy, residency.ready)
+    merging = merging or executor
     merged = None
+    if options.mode == "merged" and model.native is None:
+        _log.warning("mix mode merged needs compiled decoder layers; gates are served by factors")
     if model.native is not None and options.mode != "factored" and options.merged_bytes:
-        costs = measure_costs(model) if options.mode == "auto" else None
+        costs = measure_costs(model, merging) if options.mode == "auto" else None
         merged = MergedWeights(
             model.bank,
             model.native,
-            executor,
+            merging,
             mode=options.mode,
             max_bytes=options.merged_bytes,
             costs=costs,

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 import torch
 
@@ -11,6 +12,7 @@ from service.engine.layout import Decode, PackLayout
 from service.engine.merged import StepCosts, materialised
 from service.engine.model import Batch, SharedModel
 from service.gating.resident import MatrixFactors, ResidentExpert
+from service.native.decoder import NativeDecoder, tiled
 
 _RANK = 8
 _TOKENS = (1, 8, 32, 128)
@@ -20,7 +22,7 @@ _BLOCK = 1
 
 
 @torch.inference_mode()
-def measure_costs(model: SharedModel) -> StepCosts:
+def measure_costs(model: SharedModel, executor: Executor) -> StepCosts:
     """Extra seconds of a factored step over a plain one, and seconds to materialise one pattern's weights.
 
     Takes about a second on a model of 135 million parameters. The experts are small random ones of rank 8, two in
@@ -37,7 +39,7 @@ def measure_costs(model: SharedModel) -> StepCosts:
             {
                 name: MatrixFactors(
                     torch.full((_RANK, module.in_features), 1e-3, dtype=model.bank.dtype),
-                    torch.full((_RANK, module.out_features), 1e-3, dtype=model.bank.dtype),
+                    tiled(torch.full((_RANK, module.out_features), 1e-3, dtype=model.bank.dtype)),
                 )
                 for name, module in modules.items()
             },
@@ -50,17 +52,22 @@ def measure_costs(model: SharedModel) -> StepCosts:
     try:
         mix = Pattern(tuple((expert.key, 0.5) for expert in experts))
         extra = tuple((count, max(0.0, _extra(model, count, mix))) for count in _TOKENS)
-        started = time.perf_counter()
-        layer = native.parts.layers[0]
-        for path, module in layer.matrices.values():
-            factors = [(expert.matrices[f"{path}.weight"], 0.5) for expert in experts]
-            native.arranged(materialised(module.weight, factors))
-        making = (time.perf_counter() - started) * len(native.parts.layers)
+        making = executor.submit(_making, native, experts).result()
     finally:
         model.cache.wipe([(group, _BLOCK) for group in range(len(model.cache.groups))])
         for expert in experts:
             model.bank.remove(expert.key)
-    return StepCosts(extra, making)
+    return StepCosts(extra, making, ranks=_RANK * len(experts))
+
+
+@torch.inference_mode()
+def _making(native: NativeDecoder, experts: Sequence[ResidentExpert]) -> float:
+    """Seconds for all layers, from one layer; where it is done later, though without steps beside it."""
+    started = time.perf_counter()
+    for path, module in native.parts.layers[0].matrices.values():
+        factors = [(expert.matrices[f"{path}.weight"], 0.5) for expert in experts]
+        native.arranged(materialised(module.weight, factors))
+    return (time.perf_counter() - started) * len(native.parts.layers)
 
 
 def _extra(model: SharedModel, count: int, mix: Pattern) -> float:

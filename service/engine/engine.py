@@ -46,6 +46,7 @@ class Engine:
         )
         self._intake = Intake(parts, self._roster)
         self._questions: deque[Question] = deque()
+        self._asking: list[Question] = []
         self._failures = 0
         self.stalled = False
 
@@ -92,7 +93,12 @@ class Engine:
         """A new generation becomes current; running requests keep theirs."""
         # The one that it replaces goes first: its slot may be the only one.
         self._roster.free(self.dispatcher.catalogue.publish(expert.key))
-        self.residency.publish(expert)
+        try:
+            self.residency.publish(expert)
+        except BaseException:
+            # Without its factors it must not be named; what it replaced is gone.
+            self._roster.free(self.dispatcher.catalogue.retire(expert.key.name))
+            raise
 
     def retire(self, name: str) -> None:
         """No new request gets the expert."""
@@ -118,6 +124,8 @@ class Engine:
         for live in self._roster.all():
             self._roster.fail(live, error, result)
         self._intake.clear()
+        self._questions.extendleft(self._asking)
+        self._asking = []
         while self._questions:
             self._questions.popleft().answer(error)
 
@@ -159,6 +167,8 @@ class Engine:
                     break
                 routed.append(queue.popleft())
                 tokens += length
+        # Should the step die, these are still answered.
+        self._asking = [item for item in routed if isinstance(item, Question)]
         plan = self.scheduler.plan(max(budget.total - tokens, budget.total - budget.routing), now)
         for chunk in plan.prefill:
             live = self._roster.of(chunk.sequence)
@@ -175,6 +185,8 @@ class Engine:
         for sequence, error in conclusion.failed:
             self._fail(self._roster.of(sequence), error, result)
         for item, features in conclusion.routed:
+            if isinstance(item, Question):
+                self._asking.remove(item)
             self._intake.routed(item, features, result)
         if conclusion.logits is not None:
             for rows in conclusion.prompts:

@@ -34,11 +34,13 @@ class StepCosts:
 
     Attributes:
         extra: (tokens of the step, seconds that a factored step takes longer than a plain one), ascending.
-        making: to materialise and pack the weights of one pattern.
+        making: to materialise and pack the weights of one pattern, on the thread that does it.
+        ranks: factor rows of every token when `extra` was measured; it is taken to grow with them.
     """
 
     extra: tuple[tuple[int, float], ...] = ((1, 0.0),)
     making: float = float("inf")
+    ranks: int = 16
 
     def extra_of(self, tokens: int) -> float:
         """Interpolated between the measured counts, proportional beyond the last."""
@@ -108,6 +110,10 @@ class MergedWeights:
         self._size = sum(
             module.weight.nbytes for layer in native.parts.layers for _, module in layer.matrices.values()
         )
+        if mode != "factored" and self._size > max_bytes:
+            _log.warning(
+                "one set of merged weights takes %d bytes, more than the %d allowed", self._size, max_bytes
+            )
 
     def choose(self, patterns: Sequence[Pattern], tokens: int) -> int:
         """The weight set for a step of that many tokens whose sequences have these patterns."""
@@ -134,12 +140,14 @@ class MergedWeights:
         for pattern in [pattern for pattern in self._entries if key in pattern.experts]:
             self._drop(pattern)
         if self._making is not None and key in self._making.pattern.experts:
+            self._making.future.cancel()
             self._making = None
 
     def _pays(self, pattern: Pattern, tokens: int) -> bool:
         if self._mode == "merged":
             return True
-        paid = self._paid.pop(pattern, 0.0) + self.costs.extra_of(tokens)
+        ranks = sum(expert.max_rank for key, _ in pattern.gates if (expert := self._bank.resident(key)))
+        paid = self._paid.pop(pattern, 0.0) + self.costs.extra_of(tokens) * ranks / self.costs.ranks
         self._paid[pattern] = paid
         if len(self._paid) > _WATCHED:
             self._paid.popitem(last=False)
@@ -195,5 +203,6 @@ def materialised(weight: Tensor, mix: Sequence[tuple[MatrixFactors, float]]) -> 
         return weight
     total = weight.to(torch.float32)
     for factors, gate in mix:
-        total = torch.addmm(total, factors.b.to(torch.float32).t(), factors.a.to(torch.float32), alpha=gate)
+        b = factors.rows(weight.shape[0]).to(torch.float32)
+        total = torch.addmm(total, b.t(), factors.a.to(torch.float32), alpha=gate)
     return total.to(weight.dtype)

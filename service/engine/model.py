@@ -159,7 +159,7 @@ class SharedModel:
         self._batch: Batch | None = None
         self._hook()
         self._probe()
-        if self.bank.packed or (self.native is not None and self.native.packed):
+        if self.bank.packed or self.native is not None:
             page_out(self.model.parameters())
 
     @property
@@ -216,9 +216,10 @@ class SharedModel:
         try:
             if self.device.type != "cpu" or self.model.dtype not in _CLOSE:
                 raise UnrecognisedError(
-                    f"compiled layers are for float32 and bfloat16 on a CPU, not {self.device}"
+                    f"compiled layers are for float32 and bfloat16 on a CPU, not "
+                    f"{self.model.dtype} on {self.device}"
                 )
-            parts = find_parts(self.model, self.options.max_tokens)
+            parts = find_parts(self.model, self._positions())
             shapes = [
                 replace(shape, group=self.cache.layers[layer].group)
                 for layer, shape in sorted(self.cache.seen.items())
@@ -314,6 +315,11 @@ class SharedModel:
         if self.spec is None or not segments:
             return None
         return torch.stack([pool(hidden[s.begin : s.end], self.spec.pooling) for s in segments])
+
+    def _positions(self) -> int:
+        """Positions that a step can hold: of sequences, of what the router reads, of the probing pass."""
+        read = self.spec.max_tokens if self.spec is not None else 0
+        return max(self.options.max_tokens, read, len(self._probe_tokens()))
 
     def _routing_depth(self) -> int | None:
         """The decoder layer whose output the router reads; None where it reads the end of the model."""

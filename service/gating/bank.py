@@ -73,21 +73,24 @@ class ExpertBank:
 
     def prepare(self, weights: ExpertWeights) -> ResidentExpert:
         """Device tensors of an expert, on any thread. Raises ExpertRejectedError if it does not fit."""
-        return make_resident(weights, self.sites, self.dtype, self.device)
+        inner = self._native.parameters if self._native is not None else frozenset[str]()
+        return make_resident(weights, self.sites, self.dtype, self.device, inner)
 
     def add(self, expert: ResidentExpert) -> None:
         """Make an expert available to patterns, between two steps."""
         if expert.key in self._resident:
             self.remove(expert.key)
-        self._resident[expert.key] = expert
-        if self._working.touches(expert):
-            self._packed_here.add(expert.key)
         if self._native is not None:
-            slot = self._free_slots.pop() if self._free_slots else len(self._slots)
+            slot = self._free_slots[-1] if self._free_slots else len(self._slots)
             self._native.set_expert(
                 slot, {name: (m.a, m.b) for name, m in expert.matrices.items()}, expert.vectors
             )
+            if self._free_slots:
+                self._free_slots.pop()
             self._slots[expert.key] = slot
+        self._resident[expert.key] = expert
+        if self._working.touches(expert):
+            self._packed_here.add(expert.key)
 
     def remove(self, key: ExpertKey) -> None:
         """Forget an expert that no request uses any more and give its memory back."""

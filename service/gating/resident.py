@@ -1,6 +1,6 @@
 """One expert's exclusive vector as device tensors, ready to be packed into the working set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from experts.factors import SvdFactors
 from service.core import ExpertKey
 from service.errors import ExpertRejectedError
 from service.gating.sites import Site
+from service.native.decoder import tiled, untiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +20,15 @@ class MatrixFactors:
 
     Attributes:
         a: (k, in) in the model's dtype.
-        b: (k, out), singular values folded in.
+        b: (k, out), singular values folded in; in tiles where the compiled decoder reads it.
     """
 
     a: Tensor
     b: Tensor
+
+    def rows(self, out: int) -> Tensor:
+        """`b` as (k, out), however it is held."""
+        return self.b if self.b.dim() == 2 else untiled(self.b, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +57,16 @@ class ResidentExpert:
 
 
 def make_resident(
-    weights: ExpertWeights, sites: Sequence[Site], dtype: torch.dtype, device: torch.device
+    weights: ExpertWeights,
+    sites: Sequence[Site],
+    dtype: torch.dtype,
+    device: torch.device,
+    in_tiles: Container[str] = (),
 ) -> ResidentExpert:
     """Move an expert's factors to the device in the model's dtype.
+
+    Args:
+        in_tiles: parameters that the compiled decoder computes.
 
     Safe on any thread; the engine thread later only stores the result.
 
@@ -74,7 +86,8 @@ def make_resident(
                 "rebuild the expert without it"
             )
         if factors.rank:
-            matrices[name] = _orient(weights.name, name, factors, site, dtype, device)
+            made = _orient(weights.name, name, factors, site, dtype, device)
+            matrices[name] = MatrixFactors(made.a, tiled(made.b)) if name in in_tiles else made
     vectors: dict[str, Tensor] = {}
     for name, delta in weights.exact.items():
         shape = vector_shapes.get(name)

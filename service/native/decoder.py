@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from service.native.parts import MATRICES, NORMS, DecoderParts, LayerParts, Unre
 
 _PRODUCTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Matrices that read the same input stand side by side in one product."""
+
+_COLUMNS = 64
+"""Output columns of a tile: kernels.h, kColumns."""
 
 SHARED_BASE = 0
 """Id of the shared expert's own weights; merged ones have others."""
@@ -138,7 +142,7 @@ class NativeDecoder:
         self._object.drop_base(base)
 
     def set_cache(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """(blocks, BLOCK_TOKENS, key heads, dim) of every layer."""
+        """Of every layer, in the size (blocks, BLOCK_TOKENS, key heads, dim); kernels.h says how a block lies."""
         self._object.set_cache(list(keys), list(values))
 
     def set_expert(
@@ -147,7 +151,7 @@ class NativeDecoder:
         """Put an expert into a slot; its factors are shared, not copied.
 
         Args:
-            matrices: parameter name → a (rank, in), b (rank, out) in the model's dtype.
+            matrices: parameter name → a (rank, in), and b (rank, out) as `tiled` makes it, in the model's dtype.
             vectors: name of a bias or norm weight → its difference.
         """
         tensors: list[Tensor | None] = []
@@ -192,7 +196,7 @@ class NativeDecoder:
         found: Tensor = self._object.run(hidden, first, last, base)
         return found
 
-    @property
+    @cached_property
     def parameters(self) -> frozenset[str]:
         """Names of the parameters whose exclusive vectors this computes."""
         names: set[str] = set()
@@ -211,6 +215,18 @@ class NativeDecoder:
                 if known == path:
                     return module.get_parameter(parameter)
         raise KeyError(name)
+
+
+def tiled(b: Tensor) -> Tensor:
+    """(rank, out) → (tiles, rank, _COLUMNS), so that what one tile of the output needs lies in one piece."""
+    rank, out = b.shape
+    padded = torch.nn.functional.pad(b, (0, -out % _COLUMNS))
+    return padded.view(rank, -1, _COLUMNS).transpose(0, 1).contiguous()
+
+
+def untiled(tiles: Tensor, out: int) -> Tensor:
+    """The (rank, out) that `tiled` was given."""
+    return tiles.transpose(0, 1).reshape(tiles.shape[1], -1)[:, :out]
 
 
 @dataclass(frozen=True, slots=True)

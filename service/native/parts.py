@@ -94,7 +94,13 @@ def find_parts(model: PreTrainedModel, positions: int) -> DecoderParts:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(stack, nn.ModuleList) or norm is None or head is None or not len(stack):
         raise UnrecognisedError(f"{type(model).__name__} has no list of layers between embedding and norm")
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(model.config.get_text_config(), name, None) not in (None, 1, 1.0):
+            raise UnrecognisedError(f"{type(model).__name__} changes its logits behind the head ({name})")
     tables, ropes = _ropes(model, stack, positions)
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) > 1:
+        raise UnrecognisedError(f"{type(model).__name__} mixes {', '.join(sorted(map(str, dtypes)))}")
     prefix = next(name for name, module in model.named_modules() if module is stack)
     layers = tuple(
         _layer(f"{prefix}.{index}", layer, tables[index]) for index, layer in enumerate(stack.children())

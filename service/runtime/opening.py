@@ -37,17 +37,21 @@ def open_runtime(bundle: Bundle, config: RuntimeConfig, stats: StatsSink | None 
     threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     config = replace(config, threads=threads)
-    beside = loader_thread()
+    # Making weights takes seconds; loads must not wait for it.
+    beside = (loader_thread(), loader_thread())
     try:
         with ThreadPoolExecutor(1, "twinserve-opening", torch.set_num_threads, (threads,)) as pool:
             engine, tokenizer = pool.submit(_open, bundle, config, beside).result()
     except BaseException:
-        beside.shutdown(wait=False, cancel_futures=True)
+        for executor in beside:
+            executor.shutdown(wait=False, cancel_futures=True)
         raise
     return Runtime(engine, tokenizer, bundle.manifest.name, config, stats, beside)
 
 
-def _open(bundle: Bundle, config: RuntimeConfig, beside: Executor) -> tuple[Engine, PreTrainedTokenizerBase]:
+def _open(
+    bundle: Bundle, config: RuntimeConfig, beside: tuple[Executor, Executor]
+) -> tuple[Engine, PreTrainedTokenizerBase]:
     router = bundle.router()
     tokenizer = AutoTokenizer.from_pretrained(
         bundle.shared_path, local_files_only=True, trust_remote_code=False
@@ -67,7 +71,8 @@ def _open(bundle: Bundle, config: RuntimeConfig, beside: Executor) -> tuple[Engi
         tokenizer,
         pool=pool,
         source=BundleSource(bundle.loader()),
-        executor=beside,
+        executor=beside[0],
+        merging=beside[1],
         dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
         device=torch.device(_device(config.device)),
     )

@@ -58,7 +58,7 @@ class Runtime:
         bundle_name: str,
         config: RuntimeConfig,
         stats: StatsSink | None,
-        beside: Executor,
+        beside: Sequence[Executor],
     ) -> None:
         self.tokenizer = tokenizer
         self.bundle_name = bundle_name
@@ -152,6 +152,10 @@ class Runtime:
 
     # -- experts ------------------------------------------------------------------------------------
 
+    def expert_names(self) -> frozenset[str]:
+        """Every expert that can be named; cheap, for every request."""
+        return frozenset(self._engine.dispatcher.catalogue.current())
+
     def experts(self) -> list[ExpertStatus]:
         """Every current expert, and older generations that requests still use; by name, newest first."""
         dispatcher, residency = self._engine.dispatcher, self._engine.residency
@@ -239,7 +243,8 @@ class Runtime:
         """End the engine thread; live requests get an error. Blocks until it has ended."""
         self._draining = True
         self._thread.close()
-        self._beside.shutdown(wait=False, cancel_futures=True)
+        for executor in self._beside:
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, expert: ExpertWeights) -> ResidentExpert:
         """On a worker thread, with one torch thread: see `open_runtime`."""

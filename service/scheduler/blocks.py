@@ -131,7 +131,8 @@ class KvBlocks:
             sequence.tables.append(table)
             table.extend(pool.take() for _ in range(reach - shared))
         sequence.computed = hit
-        sequence.cached = min(hit, sequence.prompt_length)
+        if not sequence.preemptions:
+            sequence.cached = min(hit, sequence.prompt_length)
         if self.prefix_cache and not sequence.preemptions:
             self.queries += sequence.prompt_length
             self.hits += sequence.cached

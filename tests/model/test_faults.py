@@ -8,9 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.core import Failed, Finished, Pattern, SamplingParams
+from service.engine.live import Question
 from service.engine.model import UnsupportedModelError, check_config
+from service.engine.roster import StepResult
 from service.engine.sampling.state import RowState
-from service.errors import ExpertRejectedError, RequestFailedError
+from service.errors import EngineDeadError, ExpertRejectedError, RequestFailedError
 from service.scheduler.plan import StepPlan
 from service.scheduler.policy import Budget
 from tests.fixtures.tiny import VOCABULARY, tiny_model
@@ -121,6 +123,40 @@ def test_a_model_that_always_fails_breaks_the_engine_after_a_few_steps(path, mon
     harness.submit("last", prompt_ids(1, 4, VOCABULARY), {})
     assert "no memory" in harness.step().broken
     assert isinstance(harness.terminal("last"), Failed)
+
+
+def test_a_question_in_a_step_that_dies_is_still_answered(path, monkeypatch):
+    harness = Harness(path)
+    answers: list[torch.Tensor | Exception] = []
+    harness.engine.ask(Question(prompt_ids(1, 5, VOCABULARY), answers.append))
+
+    def explode(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(harness.engine, "_conclude", explode)
+    with pytest.raises(MemoryError):
+        harness.step()
+    gone = EngineDeadError("the engine has stopped")
+    harness.engine.fail_all(gone, StepResult())
+    assert answers == [gone]
+
+
+def test_an_expert_that_finds_no_memory_is_not_named_afterwards(path, expert, monkeypatch):
+    harness = Harness(path)
+
+    def explode(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(harness.model.bank._native, "set_expert", explode)
+    with pytest.raises(MemoryError):
+        harness.publish(expert)
+    assert harness.catalogue.current() == {}
+    monkeypatch.undo()
+    harness.publish(expert)
+    harness.submit("r", prompt_ids(2, 9, VOCABULARY), {"e": 1.0})
+    harness.run()
+    assert isinstance(harness.terminal("r"), Finished)
+    harness.assert_idle()
 
 
 def test_cancelled_requests_end_once_and_free_everything(path, expert, native):

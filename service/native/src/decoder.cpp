@@ -53,18 +53,6 @@ T* data(const Tensor& tensor) {
     return static_cast<T*>(tensor.data_ptr());
 }
 
-// (rank, out) → tiles.
-Tensor tiled(const Tensor& b) {
-    if (!b.defined()) return b;
-    const std::int64_t rank = b.size(0), out = b.size(1);
-    Tensor tiles = at::empty({(out + kColumns - 1) / kColumns, rank, kColumns}, b.options());
-    if (b.scalar_type() == at::kBFloat16)
-        tile(data<bf16>(b), rank, out, data<bf16>(tiles));
-    else
-        tile(data<float>(b), rank, out, data<float>(tiles));
-    return tiles;
-}
-
 Tensor packed_linear(const Tensor& x, const Product& product) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
@@ -112,11 +100,18 @@ class Decoder : public torch::CustomClassHolder {
 
     // Keys and values of every layer; kernels.h says how a block lies.
     void set_cache(std::vector<Tensor> keys, std::vector<Tensor> values) {
+        TORCH_CHECK_VALUE(keys.size() == layers_.size() && values.size() == layers_.size(), "one cache a layer");
+        for (const auto* all : {&keys, &values})
+            for (const Tensor& each : *all)
+                TORCH_CHECK_VALUE(each.dim() == 4 && each.size(1) == kBlockTokens && each.size(2) == shape_.groups &&
+                                      each.size(3) == shape_.dim && each.is_contiguous() &&
+                                      each.scalar_type() == keys[0].scalar_type(),
+                                  "a cache must be (blocks, ", kBlockTokens, ", ", shape_.groups, ", ", shape_.dim, ")");
         keys_ = std::move(keys);
         values_ = std::move(values);
     }
 
-    // Per layer: a, b, bias of kMatrices matrices, then kNorms norm differences.
+    // Per layer: a (rank, in), b (tiles, rank, kColumns), bias of kMatrices matrices, then kNorms norm differences.
     void set_expert(std::int64_t slot, const Tensors& tensors) {
         constexpr std::int64_t each = 3 * kMatrices + kNorms;
         TORCH_CHECK_VALUE(tensors.size() == each * layers_.size(), "an expert has ", each, " tensors a layer");
@@ -125,7 +120,13 @@ class Decoder : public torch::CustomClassHolder {
             const std::int64_t at = each * static_cast<std::int64_t>(l);
             for (std::int64_t m = 0; m < kMatrices; ++m) {
                 layers[l].a.push_back(optional_tensor(tensors, at + 3 * m));
-                layers[l].b.push_back(tiled(optional_tensor(tensors, at + 3 * m + 1)));
+                layers[l].b.push_back(optional_tensor(tensors, at + 3 * m + 1));
+                const Tensor &a = layers[l].a.back(), &b = layers[l].b.back();
+                TORCH_CHECK_VALUE(a.defined() == b.defined(), "factors come in pairs");
+                TORCH_CHECK_VALUE(!b.defined() || (a.is_contiguous() && b.is_contiguous() && b.dim() == 3 &&
+                                                   b.size(1) == a.size(0) && b.size(2) == kColumns &&
+                                                   b.size(0) == (width_of(m) + kColumns - 1) / kColumns),
+                                  "factors must be (rank, in) and (tiles, rank, ", kColumns, ")");
                 layers[l].bias.push_back(optional_tensor(tensors, at + 3 * m + 2));
             }
             for (std::int64_t n = 0; n < kNorms; ++n)
@@ -141,6 +142,10 @@ class Decoder : public torch::CustomClassHolder {
     // chunks: (chunks, 3) begin, end, start; chunk_tables: (KV groups, chunks, width); segments: (segments, 2).
     void begin(const Tensor& positions, const Tensor& places, const Tensor& tables, const Tensor& chunks,
                const Tensor& chunk_tables, const Tensor& segments) {
+        const std::int64_t known = ropes_.empty() ? 0 : ropes_[0].first.size(0);
+        for (std::int64_t i = 0; i < positions.numel(); ++i)
+            TORCH_CHECK_VALUE(integers(positions)[i] >= 0 && integers(positions)[i] < known, "position ",
+                              integers(positions)[i], " lies beyond the ", known, " that are known");
         positions_ = positions;
         places_ = places;
         tables_ = tables;
@@ -182,6 +187,15 @@ class Decoder : public torch::CustomClassHolder {
     Tensor run(const Tensor& hidden, std::int64_t first, std::int64_t last, std::int64_t base) {
         TORCH_CHECK_VALUE(hidden.dim() == 2 && hidden.is_contiguous() && hidden.size(1) == hidden_,
                           "hidden states must be contiguous (tokens, ", hidden_, ")");
+        TORCH_CHECK_VALUE(hidden.scalar_type() == at::kBFloat16 || hidden.scalar_type() == at::kFloat,
+                          "hidden states must be bfloat16 or float32");
+        TORCH_CHECK_VALUE(keys_.empty() || keys_[0].scalar_type() == hidden.scalar_type(),
+                          "hidden states and cache must have one dtype");
+        TORCH_CHECK_VALUE(0 <= first && first <= last && last <= static_cast<std::int64_t>(layers_.size()),
+                          "no layers ", first, " to ", last);
+        TORCH_CHECK_VALUE(hidden.size(0) <= positions_.size(0) && places_.size(1) <= hidden.size(0),
+                          "the step has ", positions_.size(0), " tokens, got ", hidden.size(0));
+        TORCH_CHECK_VALUE(mix_.last <= hidden.size(0), "gates reach beyond the step's tokens");
         const auto found = bases_.find(base);
         TORCH_CHECK_VALUE(found != bases_.end(), "no base weights ", base);
         for (std::int64_t l = first; l < last; ++l) {
@@ -250,7 +264,6 @@ class Decoder : public torch::CustomClassHolder {
                                                                          ? std::optional<Tensor>(weights.bias)
                                                                          : std::nullopt);
         if (mix_.empty()) return y;
-        TORCH_CHECK(mix_.last <= x.size(0), "gates reach beyond the step's tokens");
         std::vector<Part<T>> parts;
         std::int64_t column = 0;
         for (const std::int64_t matrix : matrices) {

@@ -9,8 +9,8 @@
 namespace twinserve {
 
 // One expert's part of one layer's linear map y (out) = W x (in): y += gate * (B^T (A x) + bias).
-// `a` is (rank, in) and `b` holds (rank, out) as `tile` leaves it, both null where the rank is 0; `bias` is
-// (out) or null.
+// `a` is (rank, in); `b` is (rank, out) cut into tiles, (out / kColumns rounded up, rank, kColumns), the last one
+// filled up with zeros; both are null where the rank is 0. `bias` is (out) or null.
 template <typename T>
 struct Factors {
     const T* a = nullptr;
@@ -21,10 +21,6 @@ struct Factors {
 
 // Columns of an output that are worked on together.
 constexpr std::int64_t kColumns = 64;
-
-// b (rank, out) → tiles (out / kColumns rounded up, rank, kColumns), the last one filled up with zeros.
-template <typename T>
-void tile(const T* b, std::int64_t rank, std::int64_t out, T* tiled);
 
 // Who is mixed into which tokens of a step. Experts are numbered by their place in `slots`.
 struct Mix {

@@ -212,16 +212,6 @@ void add_mix(const T* x, std::int64_t tokens, std::int64_t in, T* y, std::int64_
     }
 }
 
-template <typename T>
-void tile(const T* b, std::int64_t rank, std::int64_t out, T* tiled) {
-    for (std::int64_t column = 0; column < out; column += kColumns)
-        for (std::int64_t j = 0; j < rank; ++j)
-            for (std::int64_t c = 0; c < kColumns; ++c)
-                *tiled++ = column + c < out ? b[j * out + column + c] : narrow<T>(0.0f);
-}
-
-template void tile<float>(const float*, std::int64_t, std::int64_t, float*);
-template void tile<bf16>(const bf16*, std::int64_t, std::int64_t, bf16*);
 template void add_mix<float>(const float*, std::int64_t, std::int64_t, float*, std::int64_t,
                              const std::vector<Part<float>>&, const Mix&, std::vector<float>&);
 template void add_mix<bf16>(const bf16*, std::int64_t, std::int64_t, bf16*, std::int64_t,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.native import build
+from service.native.decoder import tiled
 from tests.unit.native.plain import MATRICES, NORMS, Expert, Layer, Shape, random_expert, random_layer
 
 SHAPES = {
@@ -51,7 +52,8 @@ class Compiled:
         for slot, expert in enumerate(experts):
             tensors: list[Tensor | None] = []
             for name in MATRICES:
-                tensors += [*expert.factors.get(name, (None, None)), expert.biases.get(name)]
+                a, b = expert.factors.get(name, (None, None))
+                tensors += [a, None if b is None else tiled(b), expert.biases.get(name)]
             self.object.set_expert(slot, tensors + [expert.norms.get(name) for name in NORMS])
 
     def step(self, decode, chunks, segments, mixes) -> list[Tensor]:
@@ -236,6 +238,12 @@ def test_what_does_not_fit_is_refused_and_not_read():
         compiled.object.run(hidden, 0, 1, 3)
     with pytest.raises(ValueError, match="contiguous"):
         compiled.object.run(hidden.t(), 0, 1, 0)
+    with pytest.raises(ValueError, match="no layers 0 to 2"):
+        compiled.object.run(hidden, 0, 2, 0)
+    with pytest.raises(ValueError, match="must be bfloat16 or float32"):
+        compiled.object.run(hidden.to(torch.float16), 0, 1, 0)
+    with pytest.raises(ValueError, match="lies beyond the"):
+        compiled.step([], [(hidden, 1 << 20, [1] * (1 + (1 << 17)))], [], [{}])
     with pytest.raises(ValueError, match="tensors a layer"):
         compiled.object.set_expert(0, [None] * 5)
     with pytest.raises(ValueError, match="a base has 4 weights"):

@@ -108,6 +108,9 @@ class ScriptedBackend:
     ) -> Sequence[RoutingOutcome]:
         return [OUTCOME] * len(prompts)
 
+    def expert_names(self) -> frozenset[str]:
+        return frozenset(status.name for status in self.experts() if status.state == "active")
+
     def experts(self) -> Sequence[ExpertStatus]:
         return [ExpertStatus("alpha", 1, "active", True, 0, 10, 4)]
 
