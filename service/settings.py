@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     prefill_step: int = Field(
         default=1024, ge=16, description="most prompt tokens of a step where nobody decodes"
     )
-    prefill_chunk: int = Field(default=256, ge=16, description="most prompt tokens beside decoding sequences")
+    prefill_chunk: int = Field(default=96, ge=16, description="most prompt tokens beside decoding sequences")
     max_wait_seconds: float = Field(
         default=10.0,
         gt=0,

@@ -24,7 +24,7 @@ class Budget:
     """
 
     step_tokens: int = 1024
-    chunk_tokens: int = 256
+    chunk_tokens: int = 96
 
 
 @dataclass(frozen=True, slots=True)

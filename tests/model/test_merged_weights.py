@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoModelForCausalLM
 
-from service.core import SamplingParams
+from service.core import ExpertKey, SamplingParams
 from service.engine.merged import StepCosts
 from tests.fixtures.executors import HeldExecutor
 from tests.fixtures.tiny import VOCABULARY, tiny_model
@@ -188,15 +188,19 @@ def test_weights_that_cannot_be_made_cost_nobody_an_answer(llama, experts, monke
 
 def test_auto_makes_weights_once_a_pattern_has_cost_as_much_as_they_do(llama, experts):
     harness = _harness(llama, experts, "auto")
-    harness.engine.merged.costs = StepCosts(extra=((1, 1.0), (64, 1.0)), making=10.0)
+    # A step costs a second for each factor row; the step in which a pattern has paid the weights has them.
+    harness.engine.merged.costs = StepCosts(extra=((1, 1.0), (64, 1.0)), making=19.0, ranks=1)
+    before = {
+        name: -(-19 // harness.model.bank.resident(ExpertKey(name, 1)).max_rank) - 1 for name in ("e0", "e1")
+    }
     assert _ask(harness, "r", {"e0": 1.0}) == "merged"
     modes = [stats.mode for stats in harness.stats]
-    assert modes == ["factored"] * 9 + ["merged"] * (len(modes) - 9)
+    assert modes == ["factored"] * before["e0"] + ["merged"] * (len(modes) - before["e0"])
     assert harness.tokens("r") == _expected(llama, experts, {"e0": 1.0})
     # Another pattern has its own account.
     begun = len(harness.stats)
     _ask(harness, "other", {"e1": 1.0})
-    assert [stats.mode for stats in harness.stats[begun:]].count("factored") == 9
+    assert [stats.mode for stats in harness.stats[begun:]].count("factored") == before["e1"]
 
 
 def test_auto_never_makes_weights_that_gain_nothing(llama, experts):
