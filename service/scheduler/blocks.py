@@ -131,8 +131,7 @@ class KvBlocks:
             sequence.tables.append(table)
             table.extend(pool.take() for _ in range(reach - shared))
         sequence.computed = hit
-        if not sequence.preemptions:
-            sequence.cached = min(hit, sequence.prompt_length)
+        sequence.cached = min(hit, sequence.prompt_length)
         if self.prefix_cache and not sequence.preemptions:
             self.queries += sequence.prompt_length
             self.hits += sequence.cached

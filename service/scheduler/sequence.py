@@ -18,7 +18,7 @@ class Sequence:
         tables: for each KV group the block of tokens [16·i, 16·i + 16) at index i, the null block where no
             layer of the group looks any more; empty unless admitted (the scheduler fills it).
         computed: how many leading tokens have their keys and values in the cache (the scheduler advances it).
-        cached: how many prompt tokens the first admission found in the prefix cache.
+        cached: how many prompt tokens the last admission found in the prefix cache.
         preemptions: how often it had to give everything back.
         rank: (priority, arrival number): first come, first served within a priority (the scheduler sets it).
         root: digest of everything but tokens that keys and values depend on; empty until the pattern is known.
