@@ -1,6 +1,5 @@
 """Runs that follow each other directly, so that a change of the machine's speed hits all of them alike."""
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -18,11 +17,6 @@ def alternate(runs: Mapping[str, Run[T]], rounds: int, first: int = 1) -> dict[s
         for name in names if number % 2 == 0 else reversed(names):
             found[name].append(runs[name](first + number))
     return found
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """Median of the ratios of paired runs."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

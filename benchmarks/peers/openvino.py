@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +10,7 @@ from typing import Any, Self
 
 from benchmarks.peers.family import ADAPTERS, Family, once
 from benchmarks.peers.install import openvino_python
-from benchmarks.peers.peer import PeerRequest, PeerRun, PeerUnavailableError, batch_lengths, verified
+from benchmarks.peers.peer import PeerRequest, PeerRun, PeerUnavailableError, batch_lengths, in_batches
 
 _WORKER = Path(__file__).with_name("openvino_worker.py")
 _STOP_SECONDS = 30
@@ -73,17 +72,7 @@ class OpenVino:
         others = [dict(request.gates) for request in requests if dict(request.gates) != {self._adapter: 1.0}]
         if others:
             raise ValueError(f"this peer has {self._adapter} with weight 1 for every row, not {others[0]}")
-        outputs: list[list[int]] = []
-        latencies: list[float] = []
-        started = time.perf_counter()
-        for first in range(0, len(requests), clients):
-            batch = requests[first : first + clients]
-            begun = time.perf_counter()
-            outputs += self._ask(batch)
-            latencies += [time.perf_counter() - begun] * len(batch)
-        return verified(
-            time.perf_counter() - started, latencies, [len(output) for output in outputs], outputs, requests
-        )
+        return in_batches(self._ask, requests, clients)
 
     def _ask(self, batch: Sequence[PeerRequest]) -> list[list[int]]:
         assert self._process is not None

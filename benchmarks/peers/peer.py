@@ -1,7 +1,8 @@
 """What a peer is: it takes token ids and gates, and says how long greedy answers of a fixed length took."""
 
 import random
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from types import TracebackType
@@ -136,6 +137,27 @@ def verified(
         if count != request.new_tokens:
             raise PeerResultError(f"request {index} got {count} tokens instead of {request.new_tokens}")
     return PeerRun(seconds, sum(counts), tuple(latencies), tuple(tuple(output) for output in outputs))
+
+
+def in_batches(
+    ask: Callable[[Sequence[PeerRequest]], list[list[int]]], requests: Sequence[PeerRequest], clients: int
+) -> PeerRun:
+    """Batches of `clients` requests, one after another; a row is whole when its batch is.
+
+    Args:
+        ask: generates one batch; returns the token ids of every row.
+    """
+    outputs: list[list[int]] = []
+    latencies: list[float] = []
+    started = time.perf_counter()
+    for first in range(0, len(requests), clients):
+        batch = requests[first : first + clients]
+        begun = time.perf_counter()
+        outputs += ask(batch)
+        latencies += [time.perf_counter() - begun] * len(batch)
+    return verified(
+        time.perf_counter() - started, latencies, [len(output) for output in outputs], outputs, requests
+    )
 
 
 def queued_latencies(finished: Sequence[float], clients: int) -> list[float]:

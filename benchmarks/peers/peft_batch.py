@@ -1,6 +1,5 @@
 """PEFT's mixed batch: `generate(adapter_names=[…])`, one adapter a row, batches as large as there are clients."""
 
-import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from benchmarks.peers.family import ADAPTERS, Family
-from benchmarks.peers.peer import PeerRequest, PeerRun, batch_lengths, only_adapter, verified
+from benchmarks.peers.peer import PeerRequest, PeerRun, batch_lengths, in_batches, only_adapter
 
 
 class PeftBatch:
@@ -41,17 +40,7 @@ class PeftBatch:
 
     def run(self, requests: Sequence[PeerRequest], clients: int) -> PeerRun:
         """Batches of `clients` requests, one after another; a row is whole when its batch is."""
-        outputs: list[list[int]] = []
-        latencies: list[float] = []
-        started = time.perf_counter()
-        for first in range(0, len(requests), clients):
-            batch = requests[first : first + clients]
-            begun = time.perf_counter()
-            outputs += self._generate(batch)
-            latencies += [time.perf_counter() - begun] * len(batch)
-        return verified(
-            time.perf_counter() - started, latencies, [len(output) for output in outputs], outputs, requests
-        )
+        return in_batches(self._generate, requests, clients)
 
     @torch.inference_mode()
     def _generate(self, batch: Sequence[PeerRequest]) -> list[list[int]]:

@@ -3,6 +3,7 @@
 import asyncio
 import statistics
 import time
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 
@@ -25,12 +26,7 @@ _GENERATIONS = 10_000
 
 def loading(context: Context) -> list[Figure]:
     """Every second an expert is read from disk, prepared and published, each time as the next generation."""
-    bundle = Bundle.open(context.bundle)
-    runtime = open_live(context.bundle)
-    try:
-        return [asyncio.run(_loading(context, bundle, runtime))]
-    finally:
-        runtime.close()
+    return _measured(context, _loading)
 
 
 async def _loading(context: Context, bundle: Bundle, runtime: Runtime) -> Figure:
@@ -87,10 +83,16 @@ async def _publish(runtime: Runtime, bundle: Bundle, salt: int) -> int:
 
 def longprompt(context: Context) -> list[Figure]:
     """A prompt of 2048 tokens joins 8 streams that decode."""
+    return _measured(context, _longprompt)
+
+
+def _measured(
+    context: Context, measure: Callable[[Context, Bundle, Runtime], Coroutine[None, None, Figure]]
+) -> list[Figure]:
     bundle = Bundle.open(context.bundle)
     runtime = open_live(context.bundle)
     try:
-        return [asyncio.run(_longprompt(context, bundle, runtime))]
+        return [asyncio.run(measure(context, bundle, runtime))]
     finally:
         runtime.close()
 

@@ -14,7 +14,10 @@ from service.scheduler.blocks import BLOCK_TOKENS, KvGroup
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer: keys and values (blocks, BLOCK_TOKENS, key heads, dim), and its KV group."""
+    """One layer: keys and values of the size (blocks, BLOCK_TOKENS, key heads, dim), and its KV group.
+
+    The compiled decoder lays a block out in its own way: kernels.h.
+    """
 
     keys: Tensor
     values: Tensor

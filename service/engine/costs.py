@@ -30,9 +30,7 @@ def measure_costs(model: SharedModel, executor: Executor) -> StepCosts:
     """
     native = model.native
     assert native is not None, "materialised weights need compiled layers"
-    modules = {
-        f"{path}.weight": module for layer in native.parts.layers for path, module in layer.matrices.values()
-    }
+    modules = native.parts.modules
     experts = [
         ResidentExpert(
             ExpertKey(f"\0cost-{number}", 0),

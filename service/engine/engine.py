@@ -11,6 +11,7 @@ from service.core import (
     EngineGauges,
     ExpertKey,
     Failed,
+    FinishReason,
     GenerationRequest,
     Pattern,
     RoutingOutcome,
@@ -86,8 +87,7 @@ class Engine:
         """End a request early; unknown or ended ids are ignored."""
         live = self._roster.get(request_id)
         if live is not None:
-            self._roster.finish(live, "cancelled", None, result)
-            self._intake.ended(live, result)
+            self._finish(live, "cancelled", None, result)
 
     def publish(self, expert: ResidentExpert) -> None:
         """A new generation becomes current; running requests keep theirs."""
@@ -183,7 +183,7 @@ class Engine:
 
     def _conclude(self, step: Step, conclusion: Conclusion, result: StepResult) -> None:
         for sequence, error in conclusion.failed:
-            self._fail(self._roster.of(sequence), error, result)
+            self._intake.fail(self._roster.of(sequence), error, result)
         for item, features in conclusion.routed:
             if isinstance(item, Question):
                 self._asking.remove(item)
@@ -207,7 +207,7 @@ class Engine:
         chosen = sample(logits, [live.sampling for live, _ in pairs]) if pairs else []
         for (live, _), token in zip(pairs, chosen, strict=True):
             if isinstance(token, Exception):
-                self._fail(live, token, result)
+                self._intake.fail(live, token, result)
         self._advance(conclusion, result)
         now = time.monotonic()
         for (live, _), token in zip(pairs, chosen, strict=True):
@@ -239,7 +239,7 @@ class Engine:
                 return
             text = live.text.push(token, may_stop=enough)
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
-            self._fail(live, error, result)
+            self._intake.fail(live, error, result)
             return
         logprobs = (chosen.logprobs,) if chosen.logprobs is not None else ()
         result.events.append((live.id, TextDelta(text, (token,), logprobs)))
@@ -257,16 +257,12 @@ class Engine:
         try:
             found = prompt_logprobs(logits[rows.begin : rows.end], targets, count)
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
-            self._fail(live, error, result)
+            self._intake.fail(live, error, result)
             return
         live.prompt = [*live.prompt[: rows.first - 1], *found]
 
-    def _finish(self, live: Live, reason: str, stop: str | int | None, result: StepResult) -> None:
-        self._roster.finish(live, "stop" if reason == "stop" else "length", stop, result)
-        self._intake.ended(live, result)
-
-    def _fail(self, live: Live, error: Exception, result: StepResult) -> None:
-        self._roster.fail(live, as_request_error(error), result)
+    def _finish(self, live: Live, reason: FinishReason, stop: str | int | None, result: StepResult) -> None:
+        self._roster.finish(live, reason, stop, result)
         self._intake.ended(live, result)
 
     def _forget(self, key: ExpertKey) -> None:

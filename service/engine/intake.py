@@ -60,7 +60,7 @@ class Intake:
                 raise features
             pattern, outcome = self._parts.dispatcher.route(_required(features), item.request.routing)
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
-            self._fail(item, error, result)
+            self.fail(item, error, result)
             return
         self._start(item, pattern, outcome, result)
         self._lead(item, result)
@@ -99,7 +99,7 @@ class Intake:
                 late.append(live)
         for live in late:
             seconds = now - live.times.arrived
-            self._fail(
+            self.fail(
                 live,
                 DeadlineExceededError(
                     f"the request did not end within its timeout: {live.sequence.generated} tokens in "
@@ -122,7 +122,7 @@ class Intake:
                 (settled.failed[key] for key, _ in live.pattern.gates if key in settled.failed), None
             )
             if broken is not None:
-                self._fail(live, broken, result)
+                self.fail(live, broken, result)
 
     def _route(self, live: Live, result: StepResult) -> None:
         parts, length = self._parts, live.sequence.prompt_length
@@ -149,7 +149,7 @@ class Intake:
         try:
             self._parts.residency.expect(pattern)
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
-            self._fail(live, error, result)
+            self.fail(live, error, result)
             return
         self._queue(live, result)
 
@@ -157,7 +157,7 @@ class Intake:
         try:
             self._parts.scheduler.add(live.sequence, time.monotonic())
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
-            self._fail(live, error, result)
+            self.fail(live, error, result)
 
     def _lead(self, live: Live, result: StepResult) -> None:
         assert live.outcome is not None
@@ -171,7 +171,8 @@ class Intake:
         live.sequence.single_pass = leader is not None and leader.sequence.single_pass
         self._start(live, pattern, outcome, result)
 
-    def _fail(self, live: Live, error: Exception, result: StepResult) -> None:
+    def fail(self, live: Live, error: Exception, result: StepResult) -> None:
+        """End a request in an error, wherever it is."""
         self._roster.fail(live, as_request_error(error), result)
         self.ended(live, result)
 

@@ -107,9 +107,7 @@ class MergedWeights:
         self._paid: OrderedDict[Pattern, float] = OrderedDict()
         self._making: _Making | None = None
         self._next = SHARED_BASE + 1
-        self._size = sum(
-            module.weight.nbytes for layer in native.parts.layers for _, module in layer.matrices.values()
-        )
+        self._size = sum(module.weight.nbytes for module in native.parts.modules.values())
         if mode != "factored" and self._size > max_bytes:
             _log.warning(
                 "one set of merged weights takes %d bytes, more than the %d allowed", self._size, max_bytes
@@ -156,14 +154,10 @@ class MergedWeights:
     def _start(self, pattern: Pattern) -> None:
         mix = [(self._bank.resident(key), gate) for key, gate in pattern.gates]
         factors = [(expert.matrices, gate) for expert, gate in mix if expert is not None]
-        own = {
-            f"{path}.weight": module.weight
-            for layer in self._native.parts.layers
-            for path, module in layer.matrices.values()
-        }
+        own = self._native.parts.modules
 
         def weight_of(name: str) -> Tensor:
-            return materialised(own[name], [(m[name], gate) for m, gate in factors if name in m])
+            return materialised(own[name].weight, [(m[name], gate) for m, gate in factors if name in m])
 
         self._making = _Making(pattern, self._executor.submit(self._native.prepare, weight_of))
 

@@ -109,11 +109,8 @@ class NativeDecoder:
             self._object.add_layer(
                 scales, part.epsilon, shape.scale, shape.group, shape.window or 0, part.rope
             )
-        self.set_base(SHARED_BASE, self._own)
-
-    def set_base(self, base: int, weight_of: WeightOf) -> int:
-        """Make one more set of base weights available; returns its bytes. Safe beside `run` only between steps."""
-        return self.install(base, self.prepare(weight_of))
+        own = parts.modules
+        self.install(SHARED_BASE, self.prepare(lambda name: own[name].weight))
 
     def prepare(self, weight_of: WeightOf) -> "PreparedBase":
         """The tensors of a weight set, on any thread."""
@@ -207,14 +204,6 @@ class NativeDecoder:
                     names.add(f"{path}.bias")
             names.update(f"{path}.weight" for path, _ in layer.scales.values())
         return frozenset(names)
-
-    def _own(self, name: str) -> Tensor:
-        path, _, parameter = name.rpartition(".")
-        for layer in self.parts.layers:
-            for known, module in layer.matrices.values():
-                if known == path:
-                    return module.get_parameter(parameter)
-        raise KeyError(name)
 
 
 def tiled(b: Tensor) -> Tensor:

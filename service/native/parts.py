@@ -78,6 +78,11 @@ class DecoderParts:
     norm: nn.Module
     head: nn.Module
 
+    @property
+    def modules(self) -> dict[str, nn.Linear]:
+        """Weight's parameter name → its linear layer, for every matrix of every layer."""
+        return {f"{path}.weight": module for layer in self.layers for path, module in layer.matrices.values()}
+
 
 @torch.inference_mode()
 def find_parts(model: PreTrainedModel, positions: int) -> DecoderParts:

@@ -1,7 +1,6 @@
 """From a bundle on disk to a running runtime."""
 
 import logging
-from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -89,19 +88,16 @@ def _register(bundle: Bundle, engine: Engine, pinned: tuple[str, ...]) -> None:
     """
     names = bundle.expert_names()
     pool = engine.residency.pool
-    entries = {name: ExpertKey(name, bundle.entry(name).generation) for name in names}
-    open_places: Callable[[], bool] = lambda: pool.room_for(  # noqa: E731
-        len(pool) + 1, pool.used_bytes + (pool.used_bytes // len(pool) if len(pool) else 0)
-    )
     for name in sorted(names, key=lambda name: (name not in pinned, name)):
-        if open_places():
+        key = ExpertKey(name, bundle.entry(name).generation)
+        if pool.room_for(len(pool) + 1, pool.used_bytes + pool.size(key)):
             try:
                 resident = engine.model.bank.prepare(bundle.expert(name))
             except ExpertRejectedError as error:
                 _log.error("expert %s is not served: %s", name, error)
                 continue
             engine.residency.publish(resident)
-        engine.dispatcher.catalogue.publish(entries[name])
+        engine.dispatcher.catalogue.publish(key)
 
 
 def _device(name: str) -> str:

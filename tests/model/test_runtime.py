@@ -215,8 +215,10 @@ def test_a_command_that_fails_hangs_nobody_who_was_taken_in_with_it(bundle):
             def explode(_):
                 raise ValueError("a bug")
 
-            runtime._thread.send(explode)
-            generation = runtime.submit(_request("r"))
+            # The engine thread must find both at once, or it may be gone before the request is taken in.
+            with runtime._thread._wake:
+                runtime._thread.send(explode)
+                generation = runtime.submit(_request("r"))
             with pytest.raises(EngineDeadError):
                 await runtime.route([(5, 6, 7)], RoutingChoice())
             assert isinstance((await _events(generation))[-1], Failed)
