@@ -19,11 +19,12 @@ import torch
 
 _log = logging.getLogger(__name__)
 
-_SOURCES = ("decoder.cpp", "mix.cpp", "elementwise.cpp", "attention.cpp")
+_SOURCES = ("decoder.cpp", "mix.cpp", "elementwise.cpp", "attention.cpp", "quantised.cpp")
 _SECONDS = 600
 
 _WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 LEVELS: dict[str, tuple[str, ...]] = {
+    "amx": (*_WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "avx512-bf16": (*_WIDE, "-mavx512bf16"),
     "avx512": _WIDE,
     "avx2": ("-march=x86-64-v3",),
@@ -50,6 +51,9 @@ def this_level() -> str:
     """The best level that this processor has."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
+        # The system has to grant the use of tiles to the process first.
+        if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+            return "amx"
         return "avx512-bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
     return "avx2" if capability == "AVX2" else "default"
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from service.native import build, prepack
 from service.native.parts import MATRICES, NORMS, DecoderParts, LayerParts, UnrecognisedError
+from service.native.quantise import panels, quantise
 
 _PRODUCTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Matrices that read the same input stand side by side in one product."""
@@ -69,6 +70,7 @@ class NativeDecoder:
     Args:
         attention: one for each layer.
         pack: reorder base weights for the processor.
+        int8: keep the shared expert's own matrices as int8 with a scale a row; merged weights stay as they are made.
         cache: folder of compiled libraries; None is the user's own.
 
     Attributes:
@@ -85,6 +87,7 @@ class NativeDecoder:
         attention: Sequence[AttentionShape],
         *,
         pack: bool,
+        int8: bool = False,
         cache: Path | None = None,
     ) -> None:
         _check_shapes(parts, attention)
@@ -110,20 +113,34 @@ class NativeDecoder:
                 scales, part.epsilon, shape.scale, shape.group, shape.window or 0, part.rope
             )
         own = parts.modules
-        self.install(SHARED_BASE, self.prepare(lambda name: own[name].weight))
+        self.install(SHARED_BASE, self.prepare(lambda name: own[name].weight, int8=int8))
 
-    def prepare(self, weight_of: WeightOf) -> "PreparedBase":
-        """The tensors of a weight set, on any thread."""
+    def prepare(self, weight_of: WeightOf, *, int8: bool = False) -> "PreparedBase":
+        """The tensors of a weight set, on any thread.
+
+        Raises:
+            UnrecognisedError: a weight that is not finite cannot become int8.
+        """
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []
+        scales: list[Tensor | None] = []
         nbytes = 0
         for layer in self.parts.layers:
             for names in _PRODUCTS:
                 whole = torch.cat([weight_of(f"{layer.matrices[name][0]}.weight") for name in names])
+                bias = _bias(layer, names)
+                if int8:
+                    steps, scale = quantise(whole)
+                    nbytes += steps.nbytes + scale.nbytes
+                    weights.append(panels(steps))
+                    scales.append(scale)
+                    biases.append(_wide(bias))
+                    continue
                 nbytes += whole.nbytes
                 weights.append(self.arranged(whole))
-                biases.append(_bias(layer, names))
-        return PreparedBase(weights, biases, nbytes)
+                scales.append(None)
+                biases.append(bias)
+        return PreparedBase(weights, biases, scales, nbytes)
 
     def arranged(self, weight: Tensor) -> Tensor:
         """An (out, in) weight as the products want it."""
@@ -131,7 +148,7 @@ class NativeDecoder:
 
     def install(self, base: int, prepared: "PreparedBase") -> int:
         """Between two steps: hand a prepared weight set over; returns its bytes."""
-        self._object.set_base(base, prepared.weights, prepared.biases, self.packed)
+        self._object.set_base(base, prepared.weights, prepared.biases, prepared.scales, self.packed)
         return prepared.nbytes
 
     def drop_base(self, base: int) -> None:
@@ -223,11 +240,13 @@ class PreparedBase:
     """One set of base weights in the processor's layout.
 
     Attributes:
+        scales: of weights that are int8, with float32 biases; None for the others.
         nbytes: of the weights, without padding that the layout may add.
     """
 
     weights: list[Tensor]
     biases: list[Tensor | None]
+    scales: list[Tensor | None]
     nbytes: int
 
 

@@ -27,8 +27,9 @@ struct Layer {
     std::int64_t group, window, rope;
 };
 
+// `scales` where the weight is int8 in panels; then the bias is float32.
 struct Product {
-    Tensor weight, bias;
+    Tensor weight, bias, scales;
 };
 
 struct ExpertLayer {
@@ -86,13 +87,17 @@ class Decoder : public torch::CustomClassHolder {
     // cosine, sine: (positions, rotary) float32, contiguous.
     void add_rope(const Tensor& cosine, const Tensor& sine) { ropes_.emplace_back(cosine, sine); }
 
-    // One weight set: kProducts weights and biases a layer; `packed` ones come from oneDNN's reorder.
-    void set_base(std::int64_t id, const Tensors& weights, const Tensors& biases, bool packed) {
+    // One weight set: kProducts weights, biases and scales a layer; `packed` ones come from oneDNN's reorder. Those
+    // with scales (out) float32 are int8 (panels, depth / 2, kPanelRows, 2), their biases float32.
+    void set_base(std::int64_t id, const Tensors& weights, const Tensors& biases, const Tensors& scales, bool packed) {
         const std::int64_t wanted = kProducts * static_cast<std::int64_t>(layers_.size());
         TORCH_CHECK_VALUE(static_cast<std::int64_t>(weights.size()) == wanted, "a base has ", wanted, " weights");
         Base base{{}, packed};
-        for (std::int64_t i = 0; i < wanted; ++i)
-            base.products.push_back({optional_tensor(weights, i), optional_tensor(biases, i)});
+        for (std::int64_t i = 0; i < wanted; ++i) {
+            const Product made{optional_tensor(weights, i), optional_tensor(biases, i), optional_tensor(scales, i)};
+            if (made.scales.defined()) check_panels(made, i % kProducts);
+            base.products.push_back(made);
+        }
         bases_[id] = std::move(base);
     }
 
@@ -254,15 +259,44 @@ class Decoder : public torch::CustomClassHolder {
         add(h, data<T>(x), x.numel());
     }
 
+    template <typename T>
+    static Tensor plain_product(const Tensor& x, const Base& base, const Product& weights) {
+        if (weights.scales.defined()) {
+            const Quantised rows{weights.weight.const_data_ptr<std::int8_t>(), floats(weights.scales),
+                                 weights.scales.size(0), x.size(1)};
+            const Tensor y = at::empty({x.size(0), rows.out}, x.options());
+            quantised_product(data<T>(x), x.size(0), rows, floats(weights.bias), data<T>(y));
+            return y;
+        }
+        if (base.packed) return packed_linear(x, weights);
+        return at::linear(x, weights.weight,
+                          weights.bias.defined() ? std::optional<Tensor>(weights.bias) : std::nullopt);
+    }
+
+    // The kernel reads plain memory by these sizes.
+    void check_panels(const Product& made, std::int64_t which) const {
+        const std::int64_t in = which == 1 ? width_of(0) : which == 3 ? width_ : hidden_;
+        const std::int64_t out = which == 0   ? width_of(0) + width_of(1) + width_of(2)
+                                 : which == 2 ? 2 * width_
+                                              : hidden_;
+        const Quantised wanted{nullptr, nullptr, out, in};
+        TORCH_CHECK_VALUE(made.scales.scalar_type() == at::kFloat && made.scales.is_contiguous() &&
+                              made.scales.numel() == out,
+                          "a quantised weight needs ", out, " scales");
+        TORCH_CHECK_VALUE(made.weight.scalar_type() == at::kChar && made.weight.is_contiguous() &&
+                              made.weight.numel() ==
+                                  (out + kPanelRows - 1) / kPanelRows * kPanelRows * wanted.depth(),
+                          "panels must be int8 (", (out + kPanelRows - 1) / kPanelRows, ", ", wanted.depth() / 2, ", ",
+                          kPanelRows, ", 2)");
+        TORCH_CHECK_VALUE(!made.bias.defined() || (made.bias.scalar_type() == at::kFloat && made.bias.numel() == out),
+                          "a quantised weight's bias must be float32");
+    }
+
     // One base product and the exclusive parts of the matrices that it holds side by side.
     template <typename T>
     Tensor product(const Tensor& x, std::int64_t index, const Base& base, std::int64_t which,
                    std::initializer_list<std::int64_t> matrices) {
-        const Product& weights = base.products[kProducts * index + which];
-        const Tensor y = base.packed ? packed_linear(x, weights)
-                                     : at::linear(x, weights.weight, weights.bias.defined()
-                                                                         ? std::optional<Tensor>(weights.bias)
-                                                                         : std::nullopt);
+        const Tensor y = plain_product<T>(x, base, base.products[kProducts * index + which]);
         if (mix_.empty()) return y;
         std::vector<Part<T>> parts;
         std::int64_t column = 0;

@@ -47,6 +47,22 @@ template <typename T>
 void add_mix(const T* x, std::int64_t tokens, std::int64_t in, T* y, std::int64_t stride,
              const std::vector<Part<T>>& parts, const Mix& mix, std::vector<float>& scratch);
 
+// A weight matrix (out, in) as int8 with one scale a row. `panels` is (out / kPanelRows rounded up, depth / 2,
+// kPanelRows, 2), the input filled up with zeros to `depth`; rows that the last panel lacks are zeros too.
+constexpr std::int64_t kPanelRows = 16;
+constexpr std::int64_t kPanelDepth = 32;
+
+struct Quantised {
+    const std::int8_t* panels;
+    const float* scales;
+    std::int64_t out, in;
+    std::int64_t depth() const { return (in + kPanelDepth - 1) / kPanelDepth * kPanelDepth; }
+};
+
+// y (tokens, out) = x (tokens, in) Wᵀ + bias (out, or null).
+template <typename T>
+void quantised_product(const T* x, std::int64_t tokens, const Quantised& weights, const float* bias, T* y);
+
 // Scales (dim) of an RMS norm: base, and one difference for each of Mix::slots (null: none).
 struct Scales {
     const float* base = nullptr;

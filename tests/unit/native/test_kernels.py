@@ -46,7 +46,7 @@ class Compiled:
             torch.cat([layer.biases[name] for name in names]).to(dtype) if layer.biases else None
             for names in joint
         ]
-        self.object.set_base(0, weights, biases, False)
+        self.object.set_base(0, weights, biases, [None] * len(weights), False)
         cache = torch.full((2, blocks, BLOCK, shape.groups, shape.dim), torch.nan, dtype=dtype)
         self.object.set_cache([cache[0]], [cache[1]])
         for slot, expert in enumerate(experts):
@@ -247,4 +247,4 @@ def test_what_does_not_fit_is_refused_and_not_read():
     with pytest.raises(ValueError, match="tensors a layer"):
         compiled.object.set_expert(0, [None] * 5)
     with pytest.raises(ValueError, match="a base has 4 weights"):
-        compiled.object.set_base(1, [hidden], [None], False)
+        compiled.object.set_base(1, [hidden], [None], [None], False)
