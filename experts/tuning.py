@@ -18,8 +18,8 @@ from experts.checkpoint import Checkpoint, FineTune
 from experts.compression import CompressedExpert, CompressionSpec, compress, exclusive_delta
 from experts.errors import MergeError, MismatchError
 from experts.factors import Delta, dense
-from experts.merging import merge
-from experts.merging.methods import Averaging, MergeMethod
+from experts.merging import MergeCache, merge
+from experts.merging.methods import Averaging, MergeMethod, ModelStock
 from experts.routing import RoutingPrompt, prompt_forms
 from experts.routing.loading import load_model, load_tokenizer
 from experts.routing.prompts import render_chat
@@ -47,16 +47,17 @@ def tune_scale(
     Raises:
         MergeError: the method has no scale, or an expert has no validation prompt with an answer.
     """
-    if isinstance(method, Averaging):
-        raise MergeError("averaging has no scale to tune; choose another method or do not tune")
+    if isinstance(method, Averaging | ModelStock):
+        raise MergeError(f"{method.method} has no scale to tune; choose another method or do not tune")
     tokenizer = load_tokenizer(base.path)
     answered = {tune.name: _answered(tokenizer, tune.name, prompts.get(tune.name, ())) for tune in fine_tunes}
     model = load_model(base.path)
     places = _places(model, base)
     points = []
+    cache = MergeCache(keep_products=False)
     for index, scale in enumerate(scales):
         candidate = method.model_copy(update={"scale": scale})
-        merged = dict(merge(base, fine_tunes, candidate))
+        merged = dict(merge(base, fine_tunes, candidate, cache=cache))
         losses = {}
         for position, tune in enumerate(fine_tunes):
             progress("tune", index * len(fine_tunes) + position, len(scales) * len(fine_tunes))

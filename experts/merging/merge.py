@@ -1,21 +1,27 @@
 """Stream a whole model through a merge method: one parameter of each fine-tune in memory at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator, Sequence
 
 from experts.checkpoint import Checkpoint, FineTune
 from experts.errors import MergeError
-from experts.factors import Delta, LowRank, dense
-from experts.merging.averaging import average
-from experts.merging.dare import dare, dare_generator
-from experts.merging.methods import Averaging, Dare, DareTies, MergeMethod, TaskArithmetic, Ties
-from experts.merging.task_arithmetic import task_arithmetic
-from experts.merging.threshold import streamed_threshold
-from experts.merging.ties import ties
-
-Progress = Callable[[str], None]
+from experts.factors import Delta, LowRank
+from experts.merging.cache import MergeCache
+from experts.merging.entrywise import merge_entries
+from experts.merging.family import Family, Progress
+from experts.merging.iso_c import iso_c
+from experts.merging.low_rank import total
+from experts.merging.methods import (
+    Averaging,
+    DareTies,
+    IsoC,
+    MergeMethod,
+    ModelStock,
+    TaskArithmetic,
+    Ties,
+    TsvMerge,
+)
+from experts.merging.model_stock import inner_products, model_stock_ratio
+from experts.merging.tsv import tsv
 
 
 def merge(
@@ -23,6 +29,7 @@ def merge(
     fine_tunes: Sequence[FineTune],
     method: MergeMethod,
     progress: Progress | None = None,
+    cache: MergeCache | None = None,
 ) -> Iterator[tuple[str, Delta | None]]:
     """θ* − θ₀, parameter by parameter in the base's order.
 
@@ -31,11 +38,12 @@ def merge(
         fine_tunes: at least one, each name once.
         method: which merge, with all its hyper-parameters.
         progress: called with a line for each parameter done, threshold passes included.
+        cache: what earlier merges of these fine-tunes found out; None to keep nothing.
 
     Returns:
-        An iterator over every parameter of the base: float32; `LowRank` (the fine-tunes' factors side by
-        side) where the method is linear and every change of the parameter is low-rank; None where no
-        fine-tune touches it.
+        An iterator over every parameter of the base: float32; `LowRank` where every change of the parameter
+        is low-rank and the method is linear in them, and from the methods that work on singular vectors;
+        None where no fine-tune touches it.
 
     Raises:
         MergeError: no fine-tunes, a name twice, or a change that is not finite. The first two come from
@@ -46,84 +54,49 @@ def merge(
         raise MergeError("there is nothing to merge; give at least one fine-tune")
     if len(set(names)) != len(names):
         raise MergeError(f"two fine-tunes have one name: {', '.join(sorted(names))}; give each its own")
-    return _stream(base, tuple(fine_tunes), method, progress or (lambda line: None))
+    progress = progress or (lambda line: None)
+    family = Family(base, fine_tunes, cache or MergeCache(keep_products=False), progress)
+    return _stream(family, method, progress)
 
 
-def _stream(
-    base: Checkpoint, fine_tunes: Sequence[FineTune], method: MergeMethod, progress: Progress
-) -> Iterator[tuple[str, Delta | None]]:
-    thresholds = [_threshold(base, fine_tune, method, progress) for fine_tune in fine_tunes]
-    for name in base.names:
-        yield name, _merge_one(fine_tunes, thresholds, method, name)
+def _stream(family: Family, method: MergeMethod, progress: Progress) -> Iterator[tuple[str, Delta | None]]:
+    thresholds: Sequence[float] = ()
+    if isinstance(method, DareTies) or (isinstance(method, Ties) and method.trim == "model"):
+        thresholds = family.trimming_thresholds(method)
+    for name in family.base.names:
+        yield name, _merge_one(family, thresholds, method, name)
         progress(name)
 
 
-def _merge_one(
-    fine_tunes: Sequence[FineTune], thresholds: Sequence[float], method: MergeMethod, name: str
-) -> Delta | None:
+def _merge_one(family: Family, thresholds: Sequence[float], method: MergeMethod, name: str) -> Delta | None:
     """One parameter merged; None where no fine-tune touches it."""
-    changes = [_finite_delta(fine_tune, name) for fine_tune in fine_tunes]
+    changes = family.changes(name)
     touched = [change for change in changes if change is not None]
     if not touched:
         return None
-    if isinstance(method, Averaging | TaskArithmetic):
-        low_rank = [change for change in touched if isinstance(change, LowRank)]
-        if len(low_rank) == len(touched):
-            return _weighted_sum(low_rank, _scale(method, len(fine_tunes)))
-    vectors = [
-        None if change is None else _prepared(change, fine_tune, method, name)
-        for change, fine_tune in zip(changes, fine_tunes, strict=True)
-    ]
-    del changes
-    zero = torch.zeros(touched[0].shape)
-    deltas = [zero if vector is None else vector for vector in vectors]
+    count = len(family)
+    shape = tuple(touched[0].shape)
     match method:
         case Averaging():
-            return average(deltas)
-        case TaskArithmetic() | Dare():
-            return task_arithmetic(deltas, method.scale)
-        case Ties() | DareTies():
-            return ties(deltas, thresholds, method.scale)
+            return total(touched, 1 / count)
+        case TaskArithmetic():
+            return total(touched, method.scale)
+        case ModelStock():
+            # A fine-tune that leaves the parameter is at right angles to the others.
+            ratio = model_stock_ratio(inner_products(touched), count)
+            return total(touched, ratio / count)
+        case TsvMerge() | IsoC() if len(shape) != 2:
+            return total(touched, method.scale / count)
+        case TsvMerge():
+            rank = max(1, int(min(shape) * (method.fraction or 1 / count) + 1e-6))
+            return _compact(tsv(touched, rank, method.scale))
+        case IsoC():
+            return _compact(iso_c(touched, method.scale))
+        case _:
+            return merge_entries(family, changes, thresholds, method, name, shape)
 
 
-def _scale(method: Averaging | TaskArithmetic, count: int) -> float:
-    return 1 / count if isinstance(method, Averaging) else method.scale
-
-
-def _weighted_sum(changes: Sequence[LowRank], weight: float) -> LowRank:
-    """Give weight · Σ up_t·down_t as one product: [up_1 … up_T]·weight times the stacked downs."""
-    up = torch.cat([change.up for change in changes], dim=1)
-    return LowRank(up * weight, torch.cat([change.down for change in changes], dim=0))
-
-
-def _prepared(change: Delta, fine_tune: FineTune, method: MergeMethod, name: str) -> Tensor:
-    """A change as the method's merging step takes it: dense, and for DARE sparsified."""
-    if isinstance(method, Dare | DareTies):
-        return dare(dense(change), method.drop_rate, dare_generator(method.seed, fine_tune.name, name))
-    return dense(change)
-
-
-def _threshold(base: Checkpoint, fine_tune: FineTune, method: MergeMethod, progress: Progress) -> float:
-    """TIES' trimming threshold of one whole task vector; 0, which keeps all, for the other methods.
-
-    The task vector's length is that of the parameters that the fine-tune touches: what it trained.
-    """
-    if not isinstance(method, Ties | DareTies) or method.density == 1:
-        return 0.0
-
-    def pieces() -> Iterable[Tensor]:
-        for name in base.names:
-            change = _finite_delta(fine_tune, name)
-            if change is not None:
-                yield _prepared(change, fine_tune, method, name)
-            progress(f"{fine_tune.name}: trimming threshold: {name}")
-
-    return streamed_threshold(pieces, method.density)
-
-
-def _finite_delta(fine_tune: FineTune, name: str) -> Delta | None:
-    change = fine_tune.delta(name)
-    parts = (change.up, change.down) if isinstance(change, LowRank) else (change,)
-    if any(part is not None and not torch.isfinite(part).all() for part in parts):
-        raise MergeError(f"{fine_tune.name} ({fine_tune.path}): {name} has NaN or Inf; train it again")
-    return change
+def _compact(delta: LowRank) -> Delta:
+    """Products no smaller than the matrix itself are multiplied out."""
+    rows, columns = delta.shape
+    return delta.dense() if delta.rank * (rows + columns) >= rows * columns else delta

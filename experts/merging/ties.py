@@ -4,6 +4,7 @@ The paper trims each task vector as a whole. So the threshold comes in as an arg
 found by a streaming pass (`threshold.py`), over a single tensor by `magnitude_threshold`.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,26 +13,38 @@ from torch import Tensor
 
 def trim(delta: Tensor, threshold: float) -> Tensor:
     """Keep the entries whose magnitude reaches the threshold, zero the others (paper, step 1)."""
-    return torch.where(delta.abs() >= threshold, delta, 0.0)
+    if threshold <= 0:
+        return delta
+    # Hard shrinkage keeps what is strictly larger: than the number just below the threshold, as float32.
+    below = torch.nextafter(torch.tensor(threshold, dtype=torch.float32), torch.tensor(-math.inf))
+    return torch.nn.functional.hardshrink(delta, below.item())
 
 
-def elect_signs(trimmed: Sequence[Tensor]) -> Tensor:
-    """The sign with the larger total mass at each entry: sgn(Σ τ̂_t), 0 where they cancel (step 2)."""
-    total = torch.zeros_like(trimmed[0])
-    for vector in trimmed:
-        total += vector
-    return total.sign()
+def elect_signs(trimmed: Tensor) -> Tensor:
+    """The sign with the larger total mass at each entry: sgn(Σ τ̂_t), 0 where they cancel (step 2).
+
+    Args:
+        trimmed: (T, ...) float32.
+
+    Returns:
+        (...), −1, 0 or 1.
+    """
+    return trimmed.sum(0).sign_()
 
 
-def disjoint_mean(trimmed: Sequence[Tensor], signs: Tensor) -> Tensor:
-    """Mean over the non-zero entries that agree with the elected sign; 0 where none does (step 3)."""
-    total = torch.zeros_like(signs)
-    count = torch.zeros_like(signs)
-    for vector in trimmed:
-        agrees = (vector.sign() == signs) & (signs != 0)
-        total += torch.where(agrees, vector, 0.0)
-        count += agrees
-    return total / count.clamp_(min=1)
+def disjoint_mean(trimmed: Tensor, signs: Tensor) -> Tensor:
+    """Mean over the non-zero entries that agree with the elected sign; 0 where none does (step 3).
+
+    Args:
+        trimmed: (T, ...) float32.
+        signs: (...) of `elect_signs`.
+
+    Returns:
+        (...) float32.
+    """
+    agreeing = (trimmed * signs).clamp_(min=0)
+    total = agreeing.sum(0).mul_(signs)
+    return total.div_(agreeing.sign_().sum(0).clamp_(min=1))
 
 
 def ties(deltas: Sequence[Tensor], thresholds: Sequence[float], scale: float) -> Tensor:
@@ -45,5 +58,5 @@ def ties(deltas: Sequence[Tensor], thresholds: Sequence[float], scale: float) ->
     Returns:
         θ* − θ₀, the same shape.
     """
-    trimmed = [trim(delta, threshold) for delta, threshold in zip(deltas, thresholds, strict=True)]
-    return disjoint_mean(trimmed, elect_signs(trimmed)) * scale
+    trimmed = torch.stack([trim(delta, least) for delta, least in zip(deltas, thresholds, strict=True)])
+    return disjoint_mean(trimmed, elect_signs(trimmed)).mul_(scale)

@@ -10,13 +10,31 @@ from torch import Tensor
 from experts.checkpoint import Checkpoint, FineTune, open_fine_tune, write_checkpoint
 from experts.errors import MergeError
 from experts.factors import LowRank, dense
-from experts.merging import Averaging, Dare, DareTies, MergeMethod, TaskArithmetic, Ties, merge
-from experts.merging.dare import dare, dare_generator
+from experts.merging import (
+    Averaging,
+    Breadcrumbs,
+    Dare,
+    DareTies,
+    Della,
+    IsoC,
+    MergeCache,
+    MergeMethod,
+    ModelStock,
+    Sce,
+    TaskArithmetic,
+    Ties,
+    TsvMerge,
+    merge,
+)
+from experts.merging.dare import dare
+from experts.merging.draws import Draws
+from experts.merging.sce import sce
 from experts.merging.ties import disjoint_mean, elect_signs
 from tests.unit.checkpoint.folders import (
     DOWN,
     NORM,
     UP,
+    UP_BIAS,
     Q,
     lora_factors,
     near,
@@ -31,6 +49,16 @@ EVERY_METHOD = [
     Ties(density=0.3, scale=0.7),
     Dare(drop_rate=0.5, scale=0.4, seed=7),
     DareTies(drop_rate=0.3, density=0.4, seed=7),
+    Ties(density=0.3, trim="tensor", scale=0.7),
+    Breadcrumbs(density=0.3, outliers=0.05),
+    Breadcrumbs(density=0.3, outliers=0.05, election=True),
+    Della(drop_rate=0.4, epsilon=0.3, seed=7),
+    Della(drop_rate=0.4, epsilon=0.3, election=False, seed=7),
+    Sce(density=0.4),
+    ModelStock(),
+    TsvMerge(),
+    TsvMerge(fraction=0.7, scale=0.6),
+    IsoC(),
 ]
 
 
@@ -125,12 +153,22 @@ def test_the_order_of_the_fine_tunes_does_not_matter(
     family = [*full, loras[0]]
     forwards, backwards = as_dense(base, family, method), as_dense(base, family[::-1], method)
     for name in base.names:
-        torch.testing.assert_close(forwards[name], backwards[name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(forwards[name], backwards[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     "method",
-    [Averaging(), TaskArithmetic(scale=1), Ties(density=1, scale=1), Dare(drop_rate=0, scale=1)],
+    [
+        Averaging(),
+        TaskArithmetic(scale=1),
+        Ties(density=1, scale=1),
+        Dare(drop_rate=0, scale=1),
+        Breadcrumbs(density=1, outliers=0, scale=1),
+        Della(drop_rate=0, epsilon=0, scale=1),
+        Sce(),
+        ModelStock(),
+        TsvMerge(scale=1),
+    ],
     ids=lambda method: method.method,
 )
 def test_one_fine_tune_at_scale_one_comes_back_as_a_model(
@@ -174,7 +212,7 @@ def test_ties_equals_the_paper_on_flattened_task_vectors(
             ]
         )
         trimmed.append(torch.where(flat.abs() >= threshold, flat, 0.0))
-    expected = disjoint_mean(trimmed, elect_signs(trimmed)) * scale
+    expected = disjoint_mean(torch.stack(trimmed), elect_signs(torch.stack(trimmed))) * scale
     merged = as_dense(base, family, Ties(density=density, scale=scale))
     flat_merged = torch.cat([merged[name].reshape(-1) for name in base.names])
     torch.testing.assert_close(flat_merged, expected)
@@ -188,7 +226,7 @@ def test_dare_is_task_arithmetic_over_sparsified_task_vectors(base: Checkpoint, 
         for fine_tune in full:
             delta = fine_tune.delta(name)
             assert delta is not None
-            total += dare(dense(delta), 0.6, dare_generator(11, fine_tune.name, name))
+            total += dare(dense(delta), 0.6, Draws(11, fine_tune.name, name))
         torch.testing.assert_close(merged[name], 0.5 * total)
 
 
@@ -200,6 +238,55 @@ def test_random_methods_repeat_with_their_seed_and_differ_with_another(
     other = as_dense(base, full, method.model_copy(update={"seed": 2}))
     assert all(torch.equal(first[name], again[name]) for name in base.names)
     assert not torch.equal(first[Q], other[Q])
+
+
+def test_sce_over_blocks_is_sce_of_the_whole_tensor(base: Checkpoint, full: list[FineTune]) -> None:
+    merged = as_dense(base, full, Sce(density=0.4, scale=0.7))
+    for name in (Q, UP, NORM):
+        deltas = torch.stack([dense(delta) for each in full if (delta := each.delta(name)) is not None])
+        torch.testing.assert_close(merged[name], sce(deltas, 0.4, 0.7))
+
+
+@pytest.mark.parametrize("method", [TsvMerge(scale=0.6), IsoC(scale=0.6)], ids=lambda method: method.method)
+def test_matrix_methods_average_what_is_no_matrix(
+    base: Checkpoint, full: list[FineTune], method: MergeMethod
+) -> None:
+    merged, average = as_dense(base, full, method), as_dense(base, full, Averaging())
+    for name in (NORM, UP_BIAS):
+        torch.testing.assert_close(merged[name], 0.6 * average[name])
+    assert not torch.allclose(merged[Q], 0.6 * average[Q])
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=lambda method: method.method)
+@pytest.mark.parametrize("keep_products", [True, False])
+def test_a_cache_changes_no_merge(
+    base: Checkpoint,
+    full: list[FineTune],
+    loras: list[FineTune],
+    method: MergeMethod,
+    keep_products: bool,
+) -> None:
+    cache = MergeCache(keep_products)
+    for family in ([*full, loras[0]], full[:2], [*full, loras[0]], loras):
+        plain = as_dense(base, family, method)
+        for _ in range(2):
+            kept = dict(merge(base, family, method, cache=cache))
+            for name in base.names:
+                delta = kept[name]
+                got = torch.zeros(base.shape(name)) if delta is None else dense(delta)
+                torch.testing.assert_close(got, plain[name], rtol=0, atol=0)
+
+
+def test_a_cache_spares_the_passes_for_thresholds(base: Checkpoint, full: list[FineTune]) -> None:
+    cache = MergeCache()
+
+    def passes(method: MergeMethod) -> int:
+        lines: list[str] = []
+        list(merge(base, full, method, lines.append, cache))
+        return sum("trimming threshold" in line for line in lines)
+
+    assert passes(Ties(density=0.3, scale=0.3)) > 0
+    assert passes(Ties(density=0.3, scale=0.6)) == 0
 
 
 def test_impossible_inputs_are_refused(tmp_path: Path, base: Checkpoint, full: list[FineTune]) -> None:
