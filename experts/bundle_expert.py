@@ -1,9 +1,12 @@
 """One expert on disk: expert.safetensors (factors and exact vectors) and expert.json (its report).
 
-Keys are ``<parameter>.U``, ``.S``, ``.Vh`` for factors and ``<parameter>.delta`` for exact vectors, with the
-parameter named as the shared checkpoint stores it.
+Keys are ``<parameter>.U``, ``.S``, ``.Vh`` for factors, ``.q8``, ``.s8`` (``4``, ``2``) beside ``.S`` for quantised
+ones (`experts.compression.stored`), and ``<parameter>.delta`` for exact vectors, with the parameter named as the
+shared checkpoint stores it. Codes do not tell where a left vector ends, so the file's metadata holds the shapes
+of matrices with quantised factors. Whatever is stored, `read_expert` gives plain factors.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +19,12 @@ from torch import Tensor
 from experts.bundle_manifest import EXPERT_FILES, ExpertSummary
 from experts.checkpoint import Checkpoint
 from experts.compression import CompressedExpert
+from experts.compression.stored import PARTS, complete, from_tensors, problem
 from experts.errors import CorruptBundleError
 from experts.factors import SvdFactors
 
-_FACTOR_DTYPES = frozenset({"BF16", "F16", "F32"})
-_PARTS = frozenset({"U", "S", "Vh", "delta"})
+_SHAPES = "shapes"
+"""Metadata: parameter → [rows, columns] of those with quantised factors, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class ExpertWeights:
 
     @property
     def nbytes(self) -> int:
-        """True bytes of all tensors."""
+        """Bytes of all tensors in memory, decoded; `ExpertSummary.nbytes` says how many are stored."""
         return sum(f.nbytes for f in self.factors.values()) + sum(v.nbytes for v in self.exact.values())
 
     @property
@@ -51,14 +55,14 @@ class ExpertWeights:
 def write_expert(folder: Path, compressed: CompressedExpert) -> None:
     """Write both files into an existing empty folder."""
     tensors: dict[str, Tensor] = {}
-    for name, factors in compressed.factors.items():
-        tensors[f"{name}.U"] = factors.U.contiguous()
-        tensors[f"{name}.S"] = factors.S.contiguous()
-        tensors[f"{name}.Vh"] = factors.Vh.contiguous()
+    for name, stored in compressed.stored.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in stored.tensors().items()}
+    shapes = {name: stored.shape for name, stored in compressed.stored.items() if stored.runs}
     for name, vector in compressed.exact.items():
         tensors[f"{name}.delta"] = vector.contiguous()
     weights, report = EXPERT_FILES
-    save_file(tensors, folder / weights)
+    metadata = {_SHAPES: json.dumps(shapes, separators=(",", ":"))} if shapes else None
+    save_file(tensors, folder / weights, metadata=metadata)
     (folder / report).write_text(compressed.report.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
@@ -73,13 +77,15 @@ def read_expert(folder: Path, name: str, generation: int) -> ExpertWeights:
     exact: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
+            shapes = _quantised_shapes(path, file.metadata())
             for parameter, parts in _grouped(path, file.keys()).items():
+                tensors = {part: file.get_tensor(f"{parameter}.{part}") for part in parts}
                 if parts == {"delta"}:
-                    exact[parameter] = file.get_tensor(f"{parameter}.delta")
+                    exact[parameter] = tensors["delta"]
+                elif "U" in tensors and parameter not in shapes:
+                    factors[parameter] = SvdFactors(tensors["U"], tensors["S"], tensors["Vh"])
                 else:
-                    factors[parameter] = SvdFactors(
-                        *(file.get_tensor(f"{parameter}.{part}") for part in ("U", "S", "Vh"))
-                    )
+                    factors[parameter] = from_tensors(tensors, shapes[parameter]).decoded()
     except (OSError, SafetensorError) as error:
         raise CorruptBundleError(
             f"{path}: not readable ({error}); restore or publish the expert again"
@@ -97,15 +103,16 @@ def check_expert(folder: Path, shared: Checkpoint) -> None:
     parameters = set(shared.names)
     try:
         with safe_open(path, framework="pt") as file:
+            told = _quantised_shapes(path, file.metadata())
             for parameter, parts in _grouped(path, file.keys()).items():
                 if parameter not in parameters:
                     raise CorruptBundleError(f"{path}: {parameter}: the shared expert has no such parameter")
                 views = {part: file.get_slice(f"{parameter}.{part}") for part in parts}
                 shapes = {part: tuple(view.get_shape()) for part, view in views.items()}
                 dtypes = {part: str(view.get_dtype()) for part, view in views.items()}
-                problem = _problem(shapes, dtypes, shared.shape(parameter))
-                if problem:
-                    raise CorruptBundleError(f"{path}: {parameter}: {problem}")
+                wrong = _problem(shapes, dtypes, shared.shape(parameter), told.get(parameter))
+                if wrong:
+                    raise CorruptBundleError(f"{path}: {parameter}: {wrong}")
     except (OSError, SafetensorError) as error:
         raise CorruptBundleError(
             f"{path}: not readable ({error}); restore or publish the expert again"
@@ -128,38 +135,49 @@ def summarise(compressed: CompressedExpert, shared: Checkpoint) -> ExpertSummary
     )
 
 
+def _quantised_shapes(path: Path, metadata: Mapping[str, str] | None) -> dict[str, tuple[int, int]]:
+    """Parameter → shape, of those with quantised factors."""
+    try:
+        told = json.loads((metadata or {}).get(_SHAPES, "{}"))
+        shapes = {name: (int(rows), int(columns)) for name, (rows, columns) in told.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CorruptBundleError(
+            f"{path}: the metadata {_SHAPES!r} is not readable ({error}); restore or publish the expert again"
+        ) from error
+    return shapes
+
+
 def _grouped(path: Path, keys: list[str]) -> dict[str, set[str]]:
     """Parameter → the parts stored for it."""
     grouped: dict[str, set[str]] = {}
     for key in keys:
         parameter, _, part = key.rpartition(".")
-        if part not in _PARTS:
+        if part != "delta" and part not in PARTS:
             raise CorruptBundleError(f"{path}: {key}: not an expert's tensor name")
         grouped.setdefault(parameter, set()).add(part)
     for parameter, parts in grouped.items():
-        if parts not in ({"delta"}, {"U", "S", "Vh"}):
+        if parts != {"delta"} and not complete(parts):
             raise CorruptBundleError(
-                f"{path}: {parameter}: has only {sorted(parts)}; a factor is U, S and Vh"
+                f"{path}: {parameter}: has only {sorted(parts)}; a factor is U, S and Vh, or S with codes q and "
+                "scales s of the same width"
             )
     return grouped
 
 
 def _problem(
-    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], expected: tuple[int, ...]
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    expected: tuple[int, ...],
+    told: tuple[int, int] | None,
 ) -> str | None:
     """What is wrong with one parameter's tensors, if anything."""
     if "delta" in shapes:
         if shapes["delta"] != expected:
             return f"exact part has shape {shapes['delta']}, the shared expert has {expected}"
         return None if dtypes["delta"] == "F32" else f"exact part is {dtypes['delta']}, not F32"
-    U, S, Vh = shapes["U"], shapes["S"], shapes["Vh"]
-    if len(U) != 2 or len(Vh) != 2 or len(S) != 1 or not U[1] == S[0] == Vh[0]:
-        return f"factors have shapes U {U}, S {S}, Vh {Vh}, which do not multiply"
-    if (U[0], Vh[1]) != expected:
-        return f"factors make {(U[0], Vh[1])}, the shared expert has {expected}"
-    if S[0] < 1 or S[0] > min(expected):
-        return f"rank {S[0]} is outside 1..{min(expected)}"
-    if dtypes["S"] != "F32" or dtypes["U"] != dtypes["Vh"] or dtypes["U"] not in _FACTOR_DTYPES:
-        found = f"U {dtypes['U']}, S {dtypes['S']}, Vh {dtypes['Vh']}"
-        return f"factors are {found}; U and Vh must agree in BF16, F16 or F32 and S be F32"
-    return None
+    wrong = problem(shapes, dtypes, expected)
+    if wrong is None and (set(shapes) == {"U", "S", "Vh"}) != (told is None):
+        return "the file's metadata must tell the shapes of quantised factors, and of no others"
+    if wrong is None and told is not None and told != expected:
+        return f"the file's metadata tells shape {told}, the shared expert has {expected}"
+    return wrong

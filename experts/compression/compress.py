@@ -1,16 +1,19 @@
 """A whole exclusive vector → factors, exact vectors and a report of what each tensor lost."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from experts.compression.budget import BudgetAllocation
+from experts.compression.budget import BudgetAllocation, Counts, Decomposed
 from experts.compression.kinds import TensorKind, tensor_kind
+from experts.compression.precision import widths
 from experts.compression.report import CompressionReport, TensorReport
 from experts.compression.spec import CompressionSpec
-from experts.compression.svd import Decomposition, decompose, energy_rank, frobenius, require_finite
+from experts.compression.stored import StoredFactors, encode
+from experts.compression.svd import decompose, energy_rank, frobenius, require_finite, rounding
+from experts.compression.weighted import decompose_weighted
 from experts.errors import CompressionError
 from experts.factors import Delta, SvdFactors, dense
 
@@ -20,11 +23,13 @@ class CompressedExpert:
     """What is stored of one exclusive vector, by parameter name.
 
     Attributes:
-        factors: matrices, truncated.
+        stored: matrices, truncated, in the form they are stored in.
+        factors: the same as they are served, decoded.
         exact: vectors kept whole, 1-D float32; empty unless the spec says extras="exact".
         report: every tensor of the exclusive vector, the folded ones too.
     """
 
+    stored: dict[str, StoredFactors]
     factors: dict[str, SvdFactors]
     exact: dict[str, Tensor]
     report: CompressionReport
@@ -41,6 +46,7 @@ def compress(
     model_nbytes: int | None = None,
     kind_of: Callable[[str, tuple[int, ...]], TensorKind] = tensor_kind,
     progress: Callable[[str], None] | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> CompressedExpert:
     """Compress an exclusive vector that streams by once.
 
@@ -50,15 +56,17 @@ def compress(
         model_nbytes: bytes of a full model, for the report's fraction.
         kind_of: the role of a parameter by name and shape.
         progress: called with each parameter's name once it is decomposed.
+        statistics: parameter → second moments of its inputs, see `activation_statistics`; needed for, and
+            only used by, allocation="activation".
 
     Returns:
         Factors and vectors in stream order; a parameter whose v_t is zero is only in the report.
 
     Raises:
         CompressionError: NaN or Inf, a name twice, a changed tensor that is neither matrix nor vector (fused
-            expert weights, say), or a budget too small; names the tensor.
+            expert weights, say), a budget too small, or no statistics where they are needed; names the tensor.
     """
-    work = _Work(spec)
+    work = _Work(spec, statistics)
     for name, delta in deltas:
         if delta is None:
             continue
@@ -71,15 +79,16 @@ def compress(
 class _Work:
     """An expert in the making."""
 
-    def __init__(self, spec: CompressionSpec) -> None:
+    def __init__(self, spec: CompressionSpec, statistics: Mapping[str, Tensor] | None) -> None:
         self._spec = spec
-        self._dtype = spec.torch_dtype
+        self._statistics = statistics or {}
+        self._stored: dict[str, StoredFactors] = {}
         self._factors: dict[str, SvdFactors] = {}
         self._exact: dict[str, Tensor] = {}
         # A tensor's report is None until the budget is shared out; its place in the order is kept.
         self._reports: dict[str, TensorReport | None] = {}
         self._budget = (
-            BudgetAllocation(spec.budget_bytes, self._dtype) if spec.budget_bytes is not None else None
+            BudgetAllocation(spec.budget_bytes, widths(spec.dtype)) if spec.budget_bytes is not None else None
         )
 
     def add(self, name: str, delta: Delta, kind: TensorKind) -> None:
@@ -107,25 +116,39 @@ class _Work:
         elif kind == "vector":
             self._keep_vector(name, dense(delta))
         else:
-            whole = decompose(delta, name)
+            whole = self._decompose(name, delta)
             if self._budget is not None:
                 self._reports[name] = None
                 self._budget.add(name, whole)
             else:
-                self._keep_factors(name, whole, self._rank(whole))
+                self._keep_factors(name, whole, {widths(self._spec.dtype)[0]: self._rank(whole)})
 
     def finish(self, model_nbytes: int | None) -> CompressedExpert:
         """Share out the budget, if there is one, and report."""
         if self._budget is not None:
             reserved = sum(vector.nbytes for vector in self._exact.values())
-            for name, (whole, rank) in self._budget.ranks(reserved).items():
-                self._keep_factors(name, whole, rank)
+            for name, (whole, counts) in self._budget.counts(reserved).items():
+                self._keep_factors(name, whole, counts)
         tensors = tuple(report for report in self._reports.values() if report is not None)
         return CompressedExpert(
-            self._factors, self._exact, CompressionReport(tensors=tensors, model_nbytes=model_nbytes)
+            self._stored,
+            self._factors,
+            self._exact,
+            CompressionReport(tensors=tensors, model_nbytes=model_nbytes),
         )
 
-    def _rank(self, whole: Decomposition) -> int:
+    def _decompose(self, name: str, delta: Delta) -> Decomposed:
+        if self._spec.allocation == "energy":
+            return decompose(delta, name)
+        moments = self._statistics.get(name)
+        if moments is None:
+            raise CompressionError(
+                f"there are no activation statistics of {name}; allocation=activation needs prompts, and linear "
+                "layers only: give prompts and fold the extras, or use allocation=energy"
+            )
+        return decompose_weighted(delta, moments, name)
+
+    def _rank(self, whole: Decomposed) -> int:
         if self._spec.rank is not None:
             return min(self._spec.rank, len(whole.values))
         return energy_rank(whole.values, self._spec.energy if self._spec.energy is not None else 1.0)
@@ -145,16 +168,16 @@ class _Work:
             error=0.0,
         )
 
-    def _keep_factors(self, name: str, whole: Decomposition, rank: int) -> None:
-        factors = whole.truncated(rank, self._dtype)
+    def _keep_factors(self, name: str, whole: Decomposed, counts: Counts) -> None:
+        rank = sum(counts.values())
+        shape = (whole.U.shape[0], whole.Vh.shape[1])
+        lost, nbytes = whole.lost(rank), 0
         if rank:
-            self._factors[name] = factors
+            best = whole.at(rank)
+            stored = encode(best, counts, self._spec.torch_dtype)
+            self._stored[name], self._factors[name] = stored, stored.decoded()
+            # Truncation and rounding are orthogonal to first order.
+            lost, nbytes = (lost**2 + rounding(best, self._factors[name]) ** 2) ** 0.5, stored.nbytes
         self._reports[name] = TensorReport(
-            name=name,
-            shape=factors.shape,
-            handling="factored",
-            rank=rank,
-            nbytes=factors.nbytes if rank else 0,
-            norm=whole.norm,
-            error=whole.error(factors),
+            name=name, shape=shape, handling="factored", rank=rank, nbytes=nbytes, norm=whole.norm, error=lost
         )

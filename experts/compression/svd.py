@@ -43,27 +43,21 @@ class Decomposition:
         """The same with the vectors of the `rank` largest values only; all values stay known."""
         return Decomposition(self.U[:, :rank].clone(), self.values, self.Vh[:rank].clone())
 
-    def truncated(self, rank: int, dtype: torch.dtype) -> SvdFactors:
-        """Factors of that rank, rounded to `dtype`."""
-        return SvdFactors(
-            self.U[:, :rank].to(dtype).contiguous(),
-            self.values[:rank].to(torch.float32),
-            self.Vh[:rank].to(dtype).contiguous(),
-        )
+    def lost(self, rank: int) -> float:
+        """Frobenius norm of what the best approximation of that rank leaves out."""
+        return float(torch.linalg.vector_norm(self.values[rank:]))
 
-    def error(self, factors: SvdFactors) -> float:
-        """Frobenius norm of what `factors`, truncated from this, lost to truncation and rounding.
+    def at(self, rank: int) -> SvdFactors:
+        """The best approximation of that rank, float32."""
+        return SvdFactors(self.U[:, :rank], self.values[:rank].to(torch.float32), self.Vh[:rank])
 
-        The two parts are taken as orthogonal, which they are to first order.
-        """
-        rank = factors.rank
-        lost = float(torch.linalg.vector_norm(self.values[rank:]))
-        exact = (self.U[:, :rank].double() * self.values[:rank]).contiguous()
-        stored = factors.U.double() * factors.S.double()
-        rounding = LowRank(
-            torch.cat([exact, -stored], dim=1), torch.cat([self.Vh[:rank].double(), factors.Vh.double()])
-        )
-        return float((lost**2 + frobenius(rounding) ** 2) ** 0.5)
+
+def rounding(exact: SvdFactors, stored: SvdFactors) -> float:
+    """Frobenius norm of the difference of two products, without multiplying them out."""
+    ours = exact.U.double() * exact.S.double()
+    theirs = stored.U.double() * stored.S.double()
+    apart = LowRank(torch.cat([ours, -theirs], dim=1), torch.cat([exact.Vh.double(), stored.Vh.double()]))
+    return frobenius(apart)
 
 
 def frobenius(delta: Delta) -> float:
@@ -177,4 +171,5 @@ def truncated_svd(
         kept = min(kept, rank)
     if energy is not None:
         kept = min(kept, energy_rank(whole.values, energy))
-    return whole.truncated(kept, dtype)
+    best = whole.at(kept)
+    return SvdFactors(best.U.to(dtype).contiguous(), best.S, best.Vh.to(dtype).contiguous())
