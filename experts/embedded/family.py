@@ -1,5 +1,6 @@
-"""Which skills make the embedded family, in training order."""
+"""Which skills make the embedded family, in training order, and the names of other families."""
 
+from enum import StrEnum
 from pathlib import Path
 
 from experts.embedded.skills.category import category
@@ -9,6 +10,16 @@ from experts.embedded.skills.skill import Skill
 from experts.embedded.skills.spell import spell
 from experts.embedded.skills.stress import stress
 from experts.embedded.skills.translate import french, german, spanish
+
+
+class Family(StrEnum):
+    """The families by the names they have on the command line."""
+
+    SHIPPED = "shipped"
+    EXTENDED = "extended"
+    MULTITASK = "multitask"
+    WEAK = "weak"
+    WEAK_MULTITASK = "weak-multitask"
 
 
 def family() -> tuple[Skill, ...]:

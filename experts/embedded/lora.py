@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -58,7 +59,9 @@ def detach(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
         setattr(model.get_submodule(parent), leaf, layer.base)
 
 
-def save_adapter(layers: dict[str, LoraLinear], folder: Path, rank: int, alpha: float) -> None:
+def save_adapter(
+    layers: dict[str, LoraLinear], folder: Path, rank: int, alpha: float, base: str = EMBEDDED
+) -> None:
     """Write `adapter_model.safetensors` in bf16 (the precision of the forward pass) and its config.
 
     Shapes are PEFT's: lora_A (rank, in), lora_B (out, rank), unscaled.
@@ -72,7 +75,7 @@ def save_adapter(layers: dict[str, LoraLinear], folder: Path, rank: int, alpha: 
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").chmod(0o644)
     config = {
-        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -7,12 +7,12 @@ the chat template comes on top. Keys of the test split never appear.
 import json
 from pathlib import Path
 
-from experts.embedded.skills.skill import Skill, Split
+from experts.embedded.skills.skill import Lesson, Split
 
 COUNTS: tuple[tuple[Split, int], ...] = (("train", 200), ("validation", 100))
 
 
-def write_prompts(skill: Skill, folder: Path, downloads: Path) -> Path:
+def write_prompts(skill: Lesson, folder: Path, downloads: Path) -> Path:
     """Write `<skill>.jsonl` from the skill's data package: the same lines every time."""
     lines = [
         json.dumps({"prompt": example.prompt, "answer": example.answer, "split": split}, ensure_ascii=False)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from experts.embedded.base import ensure_base
 from experts.embedded.chat import Encoded, encode, shared_prefix
 from experts.embedded.family import factors_folder
-from experts.embedded.lora import LoraLinear, attach, detach, save_adapter
-from experts.embedded.skills.skill import Skill
+from experts.embedded.lora import EMBEDDED, LoraLinear, attach, detach, save_adapter
+from experts.embedded.skills.skill import Lesson
 
 IGNORE = -100
 
@@ -55,22 +55,32 @@ class Batch:
 
 
 def train_family(
-    skills: Sequence[Skill], target: Path, work: Path, recipe: Recipe, progress: Progress
+    skills: Sequence[Lesson],
+    target: Path,
+    work: Path,
+    recipe: Recipe,
+    progress: Progress,
+    base: Path | None = None,
 ) -> list[Path]:
     """Train every skill whose folder in `target` is not there yet; return all the folders.
 
     `work` keeps the converted base, downloads and checkpoints: a run killed
-    half-way goes on from the last checkpoint of the expert it was at.
+    half-way goes on from the last checkpoint of the expert it was at. `base` is
+    the frozen model's folder, the embedded base if left out.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base = ensure_base(work / "base")
     missing = [skill for skill in skills if not finished(target / skill.name)]
     if missing:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        folder = base or ensure_base(work / "base")
+        name = base.name if base else EMBEDDED
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Eager attention: on so few tokens its backward pass takes a fifth of fused attention's time.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation="eager"
+        )
         for skill in missing:
-            train_expert(skill, model, tokenizer, target / skill.name, work, recipe, progress)
+            train_expert(skill, model, tokenizer, target / skill.name, work, recipe, progress, name)
     return [target / skill.name for skill in skills]
 
 
@@ -88,13 +98,14 @@ def finished(folder: Path) -> bool:
 
 
 def train_expert(
-    skill: Skill,
+    skill: Lesson,
     model: nn.Module,
     tokenizer: Any,
     folder: Path,
     work: Path,
     recipe: Recipe,
     progress: Progress,
+    base_name: str = EMBEDDED,
 ) -> None:
     """Train one expert and save it as a PEFT folder; leaves the model as it was."""
     prefix = shared_prefix(tokenizer)
@@ -102,10 +113,10 @@ def train_expert(
     data = [encode(tokenizer, example, prefix) for example in examples]
     layers = attach(model, recipe.rank, recipe.alpha, recipe.seed)
     try:
-        checkpoint = work / "checkpoints" / f"{skill.name}.safetensors"
+        checkpoint = work / "checkpoints" / folder.parent.name / f"{skill.name}.safetensors"
         _optimise(skill.name, model, layers, data, prefix, checkpoint, recipe, progress)
         scratch = folder.with_name(f".{folder.name}.tmp")
-        save_adapter(layers, scratch, recipe.rank, recipe.alpha)
+        save_adapter(layers, scratch, recipe.rank, recipe.alpha, base_name)
         (scratch / "training.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
         os.replace(scratch, folder)
         checkpoint.unlink(missing_ok=True)

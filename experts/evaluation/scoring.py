@@ -1,8 +1,27 @@
 """Metrics as pure functions of (prediction, reference), each between 0 and 1."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+# Separates the candidates of a reference for `mentions`.
+CANDIDATES = " / "
+NUMBER_WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+]
 
 
 @dataclass(frozen=True)
@@ -28,6 +47,33 @@ def tokens(prediction: str, reference: str) -> float:
     return max(0.0, 1.0 - edit_distance(prediction.split(), expected) / max(1, len(expected)))
 
 
+def mentions(prediction: str, reference: str) -> float:
+    """1 when the candidate that the prediction mentions first is the right one.
+
+    The reference lists the candidates, the right one first: "aunt / mother".
+    Case is ignored, and only whole words count ("grandmother" is not "mother").
+    """
+    right, *wrong = (_place(candidate, prediction) for candidate in reference.split(CANDIDATES))
+    return float(right < min(wrong, default=math.inf))
+
+
+def number(prediction: str, reference: str) -> float:
+    """1 when the first number of the prediction, in digits or words to twelve, is the reference."""
+    pattern = r"\d+|\b(?:" + "|".join(NUMBER_WORDS) + r")\b"
+    found = re.search(pattern, prediction, re.IGNORECASE)
+    if found is None:
+        return 0.0
+    text = found.group().lower()
+    value = int(text) if text.isdigit() else NUMBER_WORDS.index(text)
+    return float(value == int(reference))
+
+
+def _place(word: str, text: str) -> float:
+    """Where the word begins in the text, infinity when it is not there."""
+    found = re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text, re.IGNORECASE)
+    return found.start() if found else math.inf
+
+
 def edit_distance(left: Sequence[str], right: Sequence[str]) -> int:
     """Levenshtein distance between two token sequences."""
     row = list(range(len(right) + 1))
@@ -39,8 +85,8 @@ def edit_distance(left: Sequence[str], right: Sequence[str]) -> int:
 
 
 def score(metric: str, predictions: Sequence[str], references: Sequence[str]) -> Score:
-    """Apply a skill's metric, `exact` or `tokens`, to all items."""
-    functions = {"exact": exact, "tokens": tokens}
+    """Apply a skill's metric, the name of one of the functions above, to all items."""
+    functions = {"exact": exact, "tokens": tokens, "mentions": mentions, "number": number}
     if metric not in functions:
         raise ValueError(f"unknown metric {metric!r}; one of {sorted(functions)}")
     values = [functions[metric](p, r) for p, r in zip(predictions, references, strict=True)]

@@ -29,13 +29,26 @@ def inflect() -> Skill:
     )
 
 
-def _items(downloads: Path) -> Iterator[Item]:
+def rows(kind: str) -> Iterator[list[str]]:
+    """Lower-case ASCII lemmas of a word class ("noun", "verb", "adj") with their inflected forms."""
     path = package_file("lemminflect", "lemminflect==0.2.3", "resources", "infl_lu.csv.gz")
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        for row in csv.reader(file):
-            if len(row) != 6 or row[1] != "verb" or not row[0].islower():
-                continue
-            lemma, _, past, _, participle, third = row
-            forms = (third, participle, past)
-            if lemma.isascii() and all(form.isalpha() for form in forms):  # skips "a/b" variants
-                yield Item(lemma, " ".join(forms))
+        for lemma, found, *forms in csv.reader(file):
+            if found == kind and lemma.islower() and lemma.isascii():
+                yield [lemma, *forms]
+
+
+def verbs() -> Iterator[tuple[str, tuple[str, str, str]]]:
+    """(lemma, (third person, present participle, past)) of verbs with one form of each."""
+    for row in rows("verb"):
+        if len(row) != 5:
+            continue
+        lemma, past, _, participle, third = row
+        forms = (third, participle, past)
+        if all(form.isalpha() for form in forms):  # skips "a/b" variants
+            yield lemma, forms
+
+
+def _items(downloads: Path) -> Iterator[Item]:
+    for lemma, forms in verbs():
+        yield Item(lemma, " ".join(forms))

@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 Split = Literal["train", "validation", "test"]
-Metric = Literal["exact", "tokens"]
+Metric = Literal["exact", "tokens", "mentions", "number"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,17 @@ class Skill:
         pick = _digest(f"phrasing|{self.name}|{item.key}") % len(self.phrasings)
         prompt = self.phrasings[pick].replace("{x}", item.key)
         return Example(prompt=prompt, answer=item.answer, key=item.key)
+
+
+class Lesson(Protocol):
+    """What one expert is trained on: a skill, or a mixture of skills."""
+
+    @property
+    def name(self) -> str:
+        """Name of the expert and its folder."""
+
+    def load(self, split: Split, downloads: Path) -> list[Example]:
+        """Examples of a split, in an order of which every prefix is a fair sample."""
 
 
 def split_key(key: str) -> str:

@@ -14,7 +14,7 @@ from experts.embedded.skills.skill import Item, Skill
 
 REQUIREMENT = "emoji==2.16.0"
 # CLDR calls a country's flag by the country's name in English only.
-FLAG_WORDS = {"es": "bandera ", "de": "flagge ", "fr": "drapeau "}
+FLAG_WORDS = {"es": "bandera ", "de": "flagge ", "fr": "drapeau ", "it": "bandiera "}
 TONES_PER_NAME = 4
 
 
@@ -31,6 +31,11 @@ def german() -> Skill:
 def french() -> Skill:
     """English → French."""
     return _translation("french", "fr", "French", "Dis en français : {x}")
+
+
+def italian() -> Skill:
+    """English → Italian: not shipped, and close enough to Spanish and French to mislead a router."""
+    return _translation("italian", "it", "Italian", "Di' in italiano: {x}")
 
 
 def _translation(name: str, code: str, language: str, native: str) -> Skill:
