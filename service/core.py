@@ -64,11 +64,13 @@ class RoutingChoice:
             None asks the router.
         top_k: keep at most that many gates of the router; None is the server's default.
         threshold: drop the router's gates below it; None is the server's default.
+        abstain: let a router that can leave a strange prompt to the shared expert do so.
     """
 
     gates: Mapping[str, float] | None = None
     top_k: int | None = None
     threshold: float | None = None
+    abstain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,9 @@ class RoutingOutcome:
         router_generation: None where the client named the gates.
         confidence: the router's largest calibrated probability; None where it was not asked.
         scores: every expert's calibrated probability before top-k and threshold; empty where not asked.
+        abstained: the router left the prompt to the shared expert, as unlike what it knows.
+        explored: another expert than the best known one, to learn of it from feedback.
+        decision: what feedback needs to learn from a rating; None without feedback.
     """
 
     gates: Mapping[str, float]
@@ -145,6 +150,9 @@ class RoutingOutcome:
     router_generation: int | None = None
     confidence: float | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
+    abstained: bool = False
+    explored: bool = False
+    decision: object | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +254,7 @@ class RequestStats:
     first_token_seconds: float | None
     total_seconds: float
     gates: Mapping[str, float]
+    abstained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ _REQUEST = (
     120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
 _ROUTER = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_REWARD = (-1.0, -0.5, 0.0, 0.5, 1.0)
 _COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 _FINISHED = {"stop": "stop", "length": "length", "cancelled": "abort", "timeout": "timeout"}
@@ -128,6 +129,8 @@ class Metrics:
         self._make_request_metrics()
         self._make_step_metrics()
         self._make_http_metrics()
+        self._make_classify_metrics()
+        self._make_feedback_metrics()
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"twinserve_{name}", text, labels, registry=self.registry)
@@ -173,6 +176,9 @@ class Metrics:
             "num_preemptions", "Times that a sequence gave its KV blocks to others and began again."
         )
         self._routed = self._counter("routed_requests", "Sequences whose gates the router chose.")
+        self._abstentions = self._counter(
+            "router_abstentions", "Ended sequences that the router left to the shared expert."
+        )
         self._route_step = self._histogram(
             "router_batch_seconds", "A step that carried prompts for the router.", _ROUTER
         )
@@ -182,6 +188,33 @@ class Metrics:
         self._http = self._counter("http_requests", "Answered HTTP requests.", labels)
         self._http_seconds = self._histogram(
             "http_request_seconds", "Until the last byte.", _FIRST_TOKEN, ("route",)
+        )
+
+    def _make_classify_metrics(self) -> None:
+        self._classified = self._counter("classify_texts", "Classified texts: ok or error.", ("outcome",))
+        for outcome in ("ok", "error"):
+            self._classified.labels(outcome)
+        self._classify_total = self._histogram(
+            "classify_text_seconds", "A text's arrival to its label.", _FIRST_TOKEN
+        )
+        self._classify_pass = self._histogram(
+            "classify_batch_seconds", "One batch, routed and labelled.", _ROUTER
+        )
+        self._classify_rows = self._histogram("classify_batch_texts", "Texts in one batch.", _COUNTS)
+        self._classify_tokens = self._counter("classify_tokens", "Tokens of batches, padding included.")
+        self._classify_routed = self._counter("classify_routed_texts", "Texts whose gates the router chose.")
+
+    def _make_feedback_metrics(self) -> None:
+        self._feedback = self._counter(
+            "feedback",
+            "Ratings: applied, frozen, unknown (forgotten, or its expert gone) or repeated.",
+            ("result",),
+        )
+        for result in ("applied", "frozen", "unknown", "repeated"):
+            self._feedback.labels(result)
+        self._feedback_reward = self._histogram("feedback_reward", "Rewards of applied ratings.", _REWARD)
+        self._explored = self._counter(
+            "router_explored", "Answers by another expert than the best known one, to learn from feedback."
         )
 
     def watch(self, read: Callable[[], EngineGauges]) -> None:
@@ -219,8 +252,31 @@ class Metrics:
         ):
             if seconds is not None:
                 histogram.observe(seconds)
+        self._abstentions.inc(stats.abstained)
         for name, weight in stats.gates.items():
             self._gate_mass.labels(self._expert_label(name)).inc(abs(weight))
+
+    def on_classify_batch(self, *, texts: int, tokens: int, routed: int, seconds: float) -> None:
+        """Record one batch of the classifier; `tokens` with padding."""
+        self._classify_pass.observe(seconds)
+        self._classify_rows.observe(texts)
+        self._classify_tokens.inc(tokens)
+        self._classify_routed.inc(routed)
+
+    def on_classify_text(self, seconds: float, *, failed: bool) -> None:
+        """Record one text of the classifier."""
+        self._classified.labels("error" if failed else "ok").inc()
+        self._classify_total.observe(seconds)
+
+    def on_feedback(self, result: str, reward: float) -> None:
+        """Record one rating."""
+        self._feedback.labels(result).inc()
+        if result == "applied":
+            self._feedback_reward.observe(reward)
+
+    def on_explored(self) -> None:
+        """Record one answer that explored."""
+        self._explored.inc()
 
     def on_http(self, method: str, route: str, status: int, seconds: float) -> None:
         """Record one answered HTTP request; `route` is the template, never the path."""

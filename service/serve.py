@@ -12,10 +12,15 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from transformers.utils.logging import disable_progress_bar
 
 from experts.bundle import Bundle
+from experts.errors import BundleError
+from experts.routing import BanditSpec
 from service.api.app import create_app
+from service.api.plan import SHARED
+from service.classify import Classifier, open_classifier
 from service.engine.assembly import EngineOptions
 from service.engine.model import ModelOptions
 from service.engine.routing import RoutingDefaults
+from service.feedback import Feedback, FeedbackOptions, open_feedback
 from service.metrics import Metrics
 from service.registrar import Registrar
 from service.runtime import Runtime, RuntimeConfig, open_runtime
@@ -43,6 +48,7 @@ def runtime_config(settings: Settings) -> RuntimeConfig:
         pack_base=settings.pack_base,
         native=settings.native,
         native_cache=settings.native_cache,
+        int8=settings.shared_weights == "int8",
     )
     policy = Policy(
         max_wait_seconds=settings.max_wait_seconds,
@@ -79,6 +85,7 @@ class DrainingServer(uvicorn.Server):
         runtime: refuses new requests as soon as the shutdown begins.
         drain_seconds: what running requests may still take; then they end with an error.
         announce: gets the URL once connections are accepted.
+        classifier: closed when the last connection is.
     """
 
     def __init__(
@@ -87,8 +94,10 @@ class DrainingServer(uvicorn.Server):
         runtime: Runtime,
         drain_seconds: float,
         announce: Callable[[str], None],
+        classifier: Classifier | None = None,
     ) -> None:
         super().__init__(config)
+        self._classifier = classifier
         self._runtime = runtime
         self._drain_seconds = drain_seconds
         self._announce = announce
@@ -112,6 +121,8 @@ class DrainingServer(uvicorn.Server):
         drain = asyncio.create_task(self._runtime.drain(self._drain_seconds))
         await super().shutdown(sockets)
         await drain
+        if self._classifier is not None:
+            self._classifier.close()
 
 
 def _url(address: tuple[str, int]) -> str:
@@ -159,7 +170,9 @@ def assemble(settings: Settings, announce: Callable[[str, Runtime], None]) -> tu
         seconds=settings.registration_seconds,
         limit=settings.max_registrations,
     )
-    app = create_app(runtime, settings, metrics, registrar)
+    feedback = _feedback(settings, bundle, runtime, metrics)
+    classifier = _classifier(settings, runtime, metrics)
+    app = create_app(runtime, settings, metrics, registrar, classifier, feedback)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -170,8 +183,56 @@ def assemble(settings: Settings, announce: Callable[[str, Runtime], None]) -> tu
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + _LAST_WORDS_SECONDS,
     )
-    server = DrainingServer(config, runtime, settings.drain_seconds, lambda url: announce(url, runtime))
+    server = DrainingServer(
+        config, runtime, settings.drain_seconds, lambda url: announce(url, runtime), classifier
+    )
     return server, runtime
+
+
+def _feedback(settings: Settings, bundle: Bundle, runtime: Runtime, metrics: Metrics) -> Feedback | None:
+    """The feedback of the settings, at work in the runtime, which is closed if its folder cannot be used."""
+    if not settings.feedback:
+        return None
+    options = FeedbackOptions(
+        BanditSpec(epsilon=settings.feedback_epsilon, cap=settings.feedback_cap),
+        folder=settings.feedback_dir,
+        remembered=settings.feedback_requests,
+        seconds=settings.feedback_seconds,
+        snapshot_every=settings.feedback_snapshot_every,
+    )
+    try:
+        feedback = open_feedback(options, bundle.router(), metrics)
+    except OSError as error:
+        runtime.close()
+        raise ValueError(f"TWINSERVE_FEEDBACK_DIR: cannot use {settings.feedback_dir}: {error}") from error
+    runtime.use_feedback(feedback)
+    return feedback
+
+
+def _classifier(settings: Settings, runtime: Runtime, metrics: Metrics) -> Classifier | None:
+    """The classifier of the settings; the runtime is closed if it cannot be opened."""
+    if settings.classifier is None:
+        return None
+    try:
+        opened = open_classifier(
+            settings.classifier,
+            metrics,
+            device=settings.device,
+            max_queue=settings.max_queue,
+            max_batch=settings.max_batch,
+            max_text_tokens=settings.max_prompt_tokens,
+            threads=settings.threads,
+        )
+        if opened.name in (runtime.bundle_name, SHARED, *(status.name for status in runtime.experts())):
+            opened.close()
+            raise BundleError(
+                f"{settings.classifier}: its name {opened.name!r} is a model of {settings.bundle} too; build it "
+                "under another name"
+            )
+    except BaseException:
+        runtime.close()
+        raise
+    return opened
 
 
 def _metrics() -> Metrics:

@@ -21,6 +21,9 @@ class Settings(BaseSettings):
     )
 
     bundle: Path = Field(default=Path(".twinserve/bundle"), description="the bundle folder to serve")
+    classifier: Path | None = Field(
+        default=None, description="the classifier bundle behind /v1/classify; None is none"
+    )
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
 
@@ -113,6 +116,21 @@ class Settings(BaseSettings):
     router_threshold: float | None = Field(
         default=None, ge=0, le=1, description="gates below are dropped; None is the bundle's own"
     )
+    feedback: bool = Field(default=False, description="learn gates from `POST /v1/feedback`")
+    feedback_dir: Path | None = Field(
+        default=None, description="folder of what feedback taught; None forgets it at a restart"
+    )
+    feedback_epsilon: float = Field(
+        default=0.0, ge=0, le=0.5, description="most requests that may go to another expert to learn of it"
+    )
+    feedback_cap: float = Field(
+        default=6.0, gt=0, le=50, description="most that feedback adds to an expert's log-odds"
+    )
+    feedback_requests: int = Field(default=10_000, ge=1, description="answers that can still be rated")
+    feedback_seconds: float = Field(
+        default=3600.0, gt=0, allow_inf_nan=False, description="for which one can be rated"
+    )
+    feedback_snapshot_every: int = Field(default=50, ge=1, description="ratings between two kept versions")
     device: str = Field(default="auto", description="auto, cpu or cuda[:n]")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="of the weights"
@@ -125,6 +143,10 @@ class Settings(BaseSettings):
     )
     native_cache: Path | None = Field(
         default=None, description="folder of the compiled library; None is below the user's cache folder"
+    )
+    shared_weights: Literal["model", "int8"] = Field(
+        default="model",
+        description="the shared expert's matrices: as stored, or int8 with a scale a row (compiled layers only)",
     )
     pack_base: bool = Field(default=True, description="reorder base weights for the processor if that gains")
 
@@ -170,6 +192,14 @@ class Settings(BaseSettings):
         if self.mix_mode == "merged" and self.native == "off":
             raise ValueError(
                 f"{ENV_PREFIX}MIX_MODE=merged needs compiled decoder layers; {ENV_PREFIX}NATIVE is off"
+            )
+        if self.shared_weights == "int8" and self.native == "off":
+            raise ValueError(
+                f"{ENV_PREFIX}SHARED_WEIGHTS=int8 needs compiled decoder layers; {ENV_PREFIX}NATIVE is off"
+            )
+        if self.shared_weights == "int8" and self.mix_mode == "merged":
+            raise ValueError(
+                f"{ENV_PREFIX}SHARED_WEIGHTS=int8 keeps gates in factors; {ENV_PREFIX}MIX_MODE=merged cannot hold"
             )
         if self.mix_mode == "merged" and not self.merged_bytes:
             raise ValueError(f"{ENV_PREFIX}MIX_MODE=merged needs {ENV_PREFIX}MERGED_BYTES above 0")

@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from service.api import admin, chat, completions, health, models, route
+from service.api import admin, chat, classify, completions, feedback, health, models, route
 from service.api.auth import Gatekeeper
 from service.api.backend import Backend
 from service.api.body import json_route
@@ -11,12 +11,21 @@ from service.api.errors import install_handlers
 from service.api.middleware import Authenticate, LimitBody, Observe
 from service.api.prompts import PromptEncoder
 from service.api.tokens import TokenTexts
+from service.classify import Classifier
+from service.feedback import Feedback
 from service.metrics import Metrics
 from service.registrar import Registrar
 from service.settings import Settings
 
 
-def create_app(backend: Backend, settings: Settings, metrics: Metrics, registrar: Registrar) -> FastAPI:
+def create_app(
+    backend: Backend,
+    settings: Settings,
+    metrics: Metrics,
+    registrar: Registrar,
+    classifier: Classifier | None = None,
+    tuner: Feedback | None = None,
+) -> FastAPI:
     """The HTTP server over a running backend.
 
     Args:
@@ -24,6 +33,8 @@ def create_app(backend: Backend, settings: Settings, metrics: Metrics, registrar
         settings: keys and limits.
         metrics: counts HTTP requests and is scraped at `/metrics`.
         registrar: what `/admin` drives.
+        classifier: what `/v1/classify` asks; stays the caller's to close.
+        tuner: what `/v1/feedback` feeds.
 
     Raises:
         ValueError: the file of API keys cannot be read.
@@ -51,7 +62,9 @@ def create_app(backend: Backend, settings: Settings, metrics: Metrics, registrar
     completions.add_routes(router, backend, settings, encoder, texts)
     chat.add_routes(router, backend, settings, encoder, texts)
     route.add_routes(router, backend, settings, encoder)
-    models.add_routes(router, backend)
+    classify.add_routes(router, classifier, settings)
+    models.add_routes(router, backend, classifier)
     health.add_routes(router, backend, metrics)
     admin.add_routes(router, registrar, settings)
+    feedback.add_routes(router, tuner)
     return app

@@ -7,21 +7,24 @@ from fastapi import APIRouter, Response
 from service.api.backend import Backend
 from service.api.plan import SHARED
 from service.api.wire.answers import ModelAnswer, ModelList
+from service.classify import Classifier
 from service.errors import ModelNotFoundError
 
 
-def add_routes(router: APIRouter, backend: Backend) -> None:
+def add_routes(router: APIRouter, backend: Backend, classifier: Classifier | None = None) -> None:
     """Put `GET /v1/models` and `GET /v1/models/{name}` on `router`."""
     created = int(time.time())
 
     def models() -> list[ModelAnswer]:
-        def answer(name: str, kind: str, generation: int | None = None) -> ModelAnswer:
+        def answer(
+            name: str, kind: str, generation: int | None = None, longest: int = backend.max_context
+        ) -> ModelAnswer:
             return ModelAnswer.model_validate(
                 {
                     "id": name,
                     "created": created,
                     "kind": kind,
-                    "max_model_len": backend.max_context,
+                    "max_model_len": longest,
                     "generation": generation,
                 }
             )
@@ -31,11 +34,12 @@ def add_routes(router: APIRouter, backend: Backend) -> None:
             answer(backend.bundle_name, "router"),
             *(answer(status.name, "expert", status.generation) for status in experts),
             answer(SHARED, "shared"),
+            *([answer(classifier.name, "classifier", longest=classifier.max_tokens)] if classifier else []),
         ]
 
     @router.get("/v1/models", response_model=ModelList)
     async def list_models() -> Response:
-        """List the bundle's name (the router chooses), every expert, and the shared expert."""
+        """List the bundle's name (the router chooses), every expert, the shared expert, and a classifier."""
         return Response(ModelList(data=models()).dump(), media_type="application/json")
 
     @router.get("/v1/models/{name:path}", response_model=ModelAnswer)

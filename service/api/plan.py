@@ -123,9 +123,9 @@ def choose_routing(
         _check_gates(gates, experts, max_gate)
         return RoutingChoice(gates=gates)
     if routed:
-        return RoutingChoice(
-            top_k=options.top_k if options else None, threshold=options.threshold if options else None
-        )
+        if options is None:
+            return RoutingChoice()
+        return RoutingChoice(top_k=options.top_k, threshold=options.threshold, abstain=options.abstain)
     return RoutingChoice(gates={} if model == SHARED else {model: 1.0})
 
 

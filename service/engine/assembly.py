@@ -92,7 +92,9 @@ def assemble(
     merged = None
     if options.mode == "merged" and model.native is None:
         _log.warning("mix mode merged needs compiled decoder layers; gates are served by factors")
-    if model.native is not None and options.mode != "factored" and options.merged_bytes:
+    # Merged weights would be made of the matrices as they are stored, and answer a little differently.
+    merge = options.mode != "factored" and options.merged_bytes and not options.model.int8
+    if model.native is not None and merge:
         costs = measure_costs(model, merging) if options.mode == "auto" else None
         merged = MergedWeights(
             model.bank,

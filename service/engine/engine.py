@@ -173,7 +173,8 @@ class Engine:
         for chunk in plan.prefill:
             live = self._roster.of(chunk.sequence)
             live.times.admitted = live.times.admitted or now
-        return Step(plan, routed, [tuple(self._router_reads(item)) for item in routed], self._intake.decide)
+        reads = [tuple(self._router_reads(item)) for item in routed]
+        return Step(plan, routed, reads, self._intake.decide, self.dispatcher.settles)
 
     def _router_reads(self, item: Live | Question) -> Many[int]:
         ids = item.ids if isinstance(item, Question) else item.request.prompt_ids

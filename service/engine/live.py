@@ -85,6 +85,7 @@ class Live:
             first_token_seconds=between(times.arrived, times.first_token),
             total_seconds=now - times.arrived,
             gates=dict(self.outcome.gates) if self.outcome else {},
+            abstained=self.outcome is not None and self.outcome.abstained,
         )
 
 

@@ -5,7 +5,7 @@ other model, runs as transformers wrote it.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from experts.routing import FeatureSpec, decoder_layers, pool
+from experts.routing import FeatureSpec, decoder_layers
 from service.core import Pattern
 from service.engine import attention
 from service.engine.attention import PagedAttention
 from service.engine.cache import KvCache
 from service.engine.layout import PackLayout, Segment
+from service.engine.reading import Reading, Settle
 from service.errors import ExpertRejectedError
 from service.gating.bank import ExpertBank, GatePlan
 from service.native import prepack
@@ -37,6 +38,9 @@ _PROBED = 24
 
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 """Largest relative difference of logits at which compiled layers count as the model's own."""
+
+_CLOSE_INT8 = 0.15
+"""The same where their weights are rounded to int8: a bound on broken layers, not on the rounding."""
 
 
 class UnsupportedModelError(ExpertRejectedError):
@@ -56,6 +60,7 @@ class ModelOptions:
         pack_base: reorder base weights for the processor where that gains.
         native: compiled decoder layers: where they work, insist on them, or never.
         native_cache: folder of compiled libraries; None is the user's own.
+        int8: keep the matrices of the compiled layers as int8 with one scale a row; insists on compiled layers.
     """
 
     kv_bytes: int = 2**28
@@ -64,6 +69,7 @@ class ModelOptions:
     pack_base: bool = True
     native: NativeChoice = "auto"
     native_cache: Path | None = None
+    int8: bool = False
 
 
 @dataclass(slots=True)
@@ -79,6 +85,7 @@ class Batch:
         lower: gates below the routing depth; differs from `patterns` where routing is single-pass.
         late: runs whose gates are found at the routing depth: index → the token range that the router reads.
         decide: given such an index and the features (d,) float32, the gates; asked once a step for each.
+        settle: asked at the router's first tap, which segments it needs to read no further.
         base: weight set of the decoder layers.
     """
 
@@ -92,6 +99,7 @@ class Batch:
     lower: list[Pattern] = field(default_factory=list)
     late: Mapping[int, Segment] = field(default_factory=dict)
     decide: Callable[[int, Tensor], Pattern] | None = None
+    settle: Settle | None = None
     base: int = SHARED_BASE
 
 
@@ -101,7 +109,8 @@ class Forward:
 
     Attributes:
         logits: (kept tokens, vocabulary) in the model's dtype.
-        features: (segments, feature width) float32, one for every prompt that was routed; None without a router.
+        features: (segments, feature width) float32, one for every prompt that was routed, NaN in the layers that
+            were not read for a settled one; None without a router.
     """
 
     logits: Tensor
@@ -110,7 +119,7 @@ class Forward:
 
 
 class _Reached(Exception):  # noqa: N818 - ends a pass early, nothing is wrong
-    """Only routed prompts are in the step, and the router has what it reads."""
+    """Only routed prompts are in the step, and the router has what it needs."""
 
 
 class SharedModel:
@@ -155,8 +164,8 @@ class SharedModel:
         self.cache.allocate(options.kv_bytes, options.max_tokens, options.chunk_tokens, dtype, device)
         self.native = self._compiled(plain)
         self.bank = ExpertBank(self.model, native=self.native, pack_base=options.pack_base)
-        self._hidden: Tensor | None = None
         self._batch: Batch | None = None
+        self._reading: Reading | None = None
         self._hook()
         self._probe()
         if self.bank.packed or self.native is not None:
@@ -182,31 +191,55 @@ class SharedModel:
     # -- compiled layers ----------------------------------------------------------------------------
 
     def _native_pass(self, native: NativeDecoder, batch: Batch) -> Forward:
-        parts, layers = native.parts, len(native.parts.layers)
+        parts, layers, cached = native.parts, len(native.parts.layers), batch.layout.cached_tokens
         plan = self.bank.set_gates(batch.lower, batch.counts, batch.keeps)
         hidden: Tensor = parts.embedding(torch.tensor(batch.tokens)[None])[0].contiguous()
-        features: Tensor | None = None
-        segments = batch.layout.segments
-        parted = bool(segments or batch.late) or batch.lower != batch.patterns
-        middle = self._depth if self._depth is not None and parted else 0
-        if middle:
-            hidden = native.run(hidden, 0, middle, batch.base)
-            features = self._pooled(hidden, segments)
-            self._decide_late(batch, hidden)
+        reading, done = self._read(batch), 0
+
+        def run(last: int) -> None:
+            nonlocal hidden, done
+            if hidden.shape[0]:
+                hidden = native.run(hidden, done, last, batch.base)
+            done = last
+
+        if reading is not None:
+            for tap in reading.taps:
+                run(tap)
+                reading.take(hidden)
+                hidden = self._settled(native, batch, reading, hidden)
+        if self._depth is not None and (reading is not None or batch.lower != batch.patterns):
+            run(self._depth)
+            if reading is not None:
+                reading.take(hidden)
+                self._decide_late(batch, reading)
             plan = self._upper(batch, plan)
-            hidden = hidden[: batch.layout.cached_tokens]
-        if hidden.shape[0]:
-            hidden = native.run(hidden, middle, layers, batch.base)
-        if features is None and segments and self.spec is not None:
+            hidden = hidden[:cached]
+        run(layers)
+        if self._depth is None and reading is not None and reading.segments:
             with self.bank.after_layers(kept=False):
-                states = parts.norm(hidden[batch.layout.cached_tokens :][None])[0]
-            begin = batch.layout.cached_tokens
-            features = self._pooled(states, [Segment(s.begin - begin, s.end - begin) for s in segments])
+                reading.take(parts.norm(hidden[cached:][None])[0], begin=cached)
+        features = None if reading is None else reading.features()
         if not batch.kept:
             return Forward(hidden.new_empty(0, self.vocabulary), features, plan)
         chosen = hidden[batch.kept] if len(batch.kept) < hidden.shape[0] else hidden
         with self.bank.after_layers(kept=True):
             return Forward(parts.head(parts.norm(chosen[None]))[0], features, plan)
+
+    def _settled(self, native: NativeDecoder, batch: Batch, reading: Reading, hidden: Tensor) -> Tensor:
+        """The states without those of segments whose gates are certain after the first tap."""
+        cached = batch.layout.cached_tokens
+        if batch.settle is None or not reading.first:
+            return hidden
+        settled = reading.settled(batch.settle)
+        if not any(settled):
+            return hidden
+        rows = reading.leave(settled)
+        if not rows:
+            return hidden[:cached]
+        left = replace(batch.layout, segments=reading.segments)
+        rows = [*range(cached), *rows]
+        native.begin(self.cache.place(left, [batch.positions[row] for row in rows]))
+        return hidden[rows]
 
     def _compiled(self, plain: Tensor) -> NativeDecoder | None:
         """The compiled layers if they are wanted, can be had, and give the model's own logits."""
@@ -225,13 +258,16 @@ class SharedModel:
                 for layer, shape in sorted(self.cache.seen.items())
             ]
             pack = self.options.pack_base and self.model.dtype is torch.bfloat16 and prepack.available()
-            native = NativeDecoder(parts, shapes, pack=pack, cache=self.options.native_cache)
+            native = NativeDecoder(
+                parts, shapes, pack=pack, int8=self.options.int8, cache=self.options.native_cache
+            )
             ordered = [self.cache.layers[layer] for layer in sorted(self.cache.layers)]
             native.set_cache([layer.keys for layer in ordered], [layer.values for layer in ordered])
             self._compare(native, plain)
         except (UnrecognisedError, NativeUnavailableError) as error:
-            if choice == "on":
-                raise UnsupportedModelError(f"TWINSERVE_NATIVE=on, but: {error}") from error
+            if choice == "on" or self.options.int8:
+                asked = "TWINSERVE_SHARED_WEIGHTS=int8" if self.options.int8 else "TWINSERVE_NATIVE=on"
+                raise UnsupportedModelError(f"{asked}, but: {error}") from error
             _log.info("decoder layers run uncompiled: %s", error)
             return None
         return native
@@ -246,14 +282,14 @@ class SharedModel:
         got = native.parts.head(native.parts.norm(hidden[None]))[0].to(torch.float32)
         wanted = plain.to(torch.float32)
         difference = float((got - wanted).norm() / wanted.norm())
-        if not difference <= _CLOSE[self.model.dtype]:
+        if not difference <= (_CLOSE_INT8 if self.options.int8 else _CLOSE[self.model.dtype]):
             raise UnrecognisedError(f"compiled logits differ from the model's own by {difference:.3f}")
 
     # -- the model's own layers ---------------------------------------------------------------------
 
     def _own_pass(self, batch: Batch) -> Forward:
         plan = self.bank.set_gates(batch.lower, batch.counts, batch.keeps)
-        self._batch = batch
+        self._batch, self._reading = batch, self._read(batch)
         try:
             output = self.model(
                 input_ids=torch.tensor(batch.tokens, device=self.device)[None],
@@ -265,30 +301,41 @@ class SharedModel:
         except _Reached:
             logits = torch.empty(0, self.vocabulary, dtype=self.model.dtype, device=self.device)
         finally:
-            self._batch = None
-        # The hook has seen to it that these are this pass's.
-        features = None if self._hidden is None else self._pooled(self._hidden, batch.layout.segments)
-        return Forward(logits, features, plan)
+            reading, self._batch, self._reading = self._reading, None, None
+        return Forward(logits, None if reading is None else reading.features(), plan)
 
     def _hook(self) -> None:
         """Inside the model's own pass: keep what the router reads, and set the gates that hold from there on."""
         if self.spec is None:
             return
 
+        def tapped(_module: object, _args: object, output: object) -> None:
+            batch, reading = self._batch, self._reading
+            if batch is None or reading is None:
+                return
+            reading.take(_states(output))
+            # Rows cannot leave the model's own pass: it ends here, or goes on with all of them.
+            alone = reading.first and not batch.layout.cached_tokens
+            if alone and batch.settle is not None and all(reading.settled(batch.settle)):
+                raise _Reached
+
         def reached(_module: object, _args: object, output: object) -> None:
-            hidden = getattr(output, "last_hidden_state", output)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            assert isinstance(hidden, Tensor)
-            self._hidden = hidden[0]
-            batch = self._batch
-            if batch is None or self._depth is None:
+            batch, reading = self._batch, self._reading
+            if batch is None:
+                return
+            if reading is not None:
+                reading.take(_states(output))
+            if self._depth is None:
                 return
             if not batch.layout.cached_tokens:
                 raise _Reached
             if batch.late or batch.lower != batch.patterns:
-                self._decide_late(batch, hidden[0])
+                if reading is not None:
+                    self._decide_late(batch, reading)
                 self.bank.set_gates(batch.patterns, batch.counts, batch.keeps)
 
+        for tap in self.spec.taps:
+            decoder_layers(self.model)[tap - 1].register_forward_hook(tapped)
         if self._depth is None:
             self.model.base_model.register_forward_hook(reached)
         else:
@@ -302,19 +349,16 @@ class SharedModel:
         upper = self.bank.set_gates(batch.patterns[:cached], batch.counts[:cached], batch.keeps[:cached])
         return GatePlan(max(plan.active, upper.active), plan.repacked or upper.repacked)
 
-    def _decide_late(self, batch: Batch, hidden: Tensor) -> None:
-        assert not batch.late or (batch.decide is not None and self.spec is not None)
-        for index, part in batch.late.items():
+    def _decide_late(self, batch: Batch, reading: Reading) -> None:
+        for index in batch.late:
             assert batch.decide is not None
-            assert self.spec is not None
-            batch.patterns[index] = batch.decide(
-                index, pool(hidden[part.begin : part.end], self.spec.pooling).cpu()
-            )
+            batch.patterns[index] = batch.decide(index, reading.late(index))
 
-    def _pooled(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor | None:
-        if self.spec is None or not segments:
+    def _read(self, batch: Batch) -> Reading | None:
+        """What the router is to read in this pass; None if nothing."""
+        if self.spec is None or not (batch.layout.segments or batch.late):
             return None
-        return torch.stack([pool(hidden[s.begin : s.end], self.spec.pooling) for s in segments])
+        return Reading(self.spec, batch.layout.segments, batch.late)
 
     def _positions(self) -> int:
         """Positions that a step can hold: of sequences, of what the router reads, of the probing pass."""
@@ -323,14 +367,15 @@ class SharedModel:
 
     def _routing_depth(self) -> int | None:
         """The decoder layer whose output the router reads; None where it reads the end of the model."""
-        if self.spec is None or self.spec.layer == -1:
+        if self.spec is None:
             return None
-        layers = len(decoder_layers(self.model))
-        if not self.spec.layer <= layers:
+        read = [layer for layer in (*self.spec.taps, self.spec.layer) if layer != -1]
+        layers = len(decoder_layers(self.model)) if read else 0
+        if read and read[-1] > layers:
             raise UnsupportedModelError(
-                f"the router reads layer {self.spec.layer}, the model has {layers}; rebuild the router"
+                f"the router reads layer {read[-1]}, the model has {layers}; rebuild the router"
             )
-        return self.spec.layer
+        return None if self.spec.layer == -1 else self.spec.layer
 
     def _probe_tokens(self) -> list[int]:
         """A count of tokens that differs from every head count, so that axes cannot be confused."""
@@ -365,6 +410,14 @@ class SharedModel:
         problems = self.bank.probe(len(self._probe_tokens()), self._first_pass)
         if problems:
             raise UnsupportedModelError(f"{type(self.model).__name__}: {problems[0]}")
+
+
+def _states(output: object) -> Tensor:
+    """(tokens, hidden) of what a decoder layer or the whole decoder gives for one pack."""
+    hidden = getattr(output, "last_hidden_state", output)
+    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    assert isinstance(hidden, Tensor)
+    return hidden[0]
 
 
 def check_config(config: PreTrainedConfig) -> None:

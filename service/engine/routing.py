@@ -1,10 +1,12 @@
 """Router features → gates → a leased pattern."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor
 
-from experts.routing import Router, select_gates
+from experts.routing import SHARED_ARM, Abstaining, Decision, Router, Settling, select_gates
 from service.core import Pattern, RoutingChoice, RoutingOutcome
 from service.errors import InvalidRequestError
 from service.scheduler.catalogue import Catalogue
@@ -18,6 +20,16 @@ class RoutingDefaults:
     threshold: float | None = None
 
 
+class Adjuster(Protocol):
+    """What may change a router's row before it becomes gates; `service.feedback.Feedback` fits it."""
+
+    def decide(
+        self, features: Tensor, static: Mapping[str, float], threshold: float, *, explore: bool
+    ) -> Decision | None:
+        """The routing of one prompt (d,) after feedback; None leaves the router's."""
+        ...
+
+
 class Dispatcher:
     """Owns the current router. Used by the engine thread; `fixed` also by the event loop."""
 
@@ -25,6 +37,7 @@ class Dispatcher:
         self.catalogue = catalogue
         self.router = router
         self._defaults = defaults
+        self.adjuster: Adjuster | None = None
 
     def fixed(self, choice: RoutingChoice) -> tuple[Pattern, RoutingOutcome]:
         """Lease the gates that the client named.
@@ -35,8 +48,26 @@ class Dispatcher:
         pattern = self.catalogue.lease(choice.gates or {})
         return pattern, outcome(pattern)
 
-    def route(self, features: Tensor, choice: RoutingChoice) -> tuple[Pattern, RoutingOutcome]:
-        """Ask the router about one prompt's features (d,) and lease what it chooses.
+    def settles(self, features: Tensor) -> list[bool]:
+        """Of which prompts the router needs no more than their features at the first tap (n, d).
+
+        Feedback reads all features, so with it none is settled early.
+        """
+        router: object = self.router
+        if self.adjuster is not None or not isinstance(router, Settling):
+            return [False] * len(features)
+        found: list[bool] = router.settles(features)[1].tolist()
+        return found
+
+    def route(
+        self, features: Tensor, choice: RoutingChoice, *, explore: bool = True
+    ) -> tuple[Pattern, RoutingOutcome]:
+        """Ask the router about one prompt's features (d,) and lease what it chooses: nothing where it abstains.
+
+        Args:
+            features: (d,).
+            choice: what the request says of its gates.
+            explore: the answer will be generated, so feedback may try another expert.
 
         Raises:
             InvalidRequestError: there is no router.
@@ -50,18 +81,37 @@ class Dispatcher:
         known = self.catalogue.current()
         scores = dict(zip(router.names, row.tolist(), strict=True))
         usable = [name for name in router.names if name in known]
+        threshold = _first(choice.threshold, self._defaults.threshold, router.threshold)
+        decision = None
+        if self.adjuster is not None:
+            static = {name: scores[name] for name in usable}
+            decision = self.adjuster.decide(features, static, threshold, explore=explore)
+        scores |= decision.adjusted if decision is not None else {}
         gates = select_gates(
             [scores[name] for name in usable],
             usable,
             choice.top_k or self._defaults.top_k or router.top_k,
-            _first(choice.threshold, self._defaults.threshold, router.threshold),
+            threshold,
         )
-        pattern = self.catalogue.lease(gates)
-        return pattern, outcome(pattern, router.generation, scores)
+        if decision is not None and decision.alone is not None:
+            gates = {} if decision.alone == SHARED_ARM else {decision.alone: 1.0}
+        abstained = False
+        if choice.abstain and isinstance(router, Abstaining):
+            abstained = bool(router.abstains(features[None])[0])
+        pattern = self.catalogue.lease({} if abstained else gates)
+        told = outcome(pattern, router.generation, scores, abstained=abstained)
+        if decision is not None:
+            explored = decision.explored and not abstained
+            told = replace(told, explored=explored, decision=decision)
+        return pattern, told
 
 
 def outcome(
-    pattern: Pattern, router_generation: int | None = None, scores: dict[str, float] | None = None
+    pattern: Pattern,
+    router_generation: int | None = None,
+    scores: dict[str, float] | None = None,
+    *,
+    abstained: bool = False,
 ) -> RoutingOutcome:
     """What an answer says of its gates."""
     return RoutingOutcome(
@@ -72,6 +122,7 @@ def outcome(
         router_generation=router_generation,
         confidence=max(scores.values()) if scores else None,
         scores=scores or {},
+        abstained=abstained,
     )
 
 

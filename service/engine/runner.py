@@ -12,6 +12,7 @@ from service.engine.layout import Chunk, Decode, PackLayout, Segment
 from service.engine.live import Live, Question
 from service.engine.merged import MergedWeights
 from service.engine.model import Batch, SharedModel
+from service.engine.reading import Settle
 from service.native.decoder import SHARED_BASE
 from service.scheduler.plan import PrefillChunk, StepPlan
 from service.scheduler.sequence import Sequence
@@ -31,12 +32,14 @@ class Step:
         routed: requests and questions for the router.
         routed_ids: the tokens that the router reads of each.
         decide: asked for sequences that are routed in the middle of the step.
+        settle: asked of prompts to route, once the router's first tap is read.
     """
 
     plan: StepPlan
     routed: list[Live | Question] = field(default_factory=list)
     routed_ids: list[tuple[int, ...]] = field(default_factory=list)
     decide: Decide | None = None
+    settle: Settle | None = None
 
     @property
     def participants(self) -> int:
@@ -102,7 +105,10 @@ def run_step(model: SharedModel, step: Step, merged: MergedWeights | None = None
     parts = [
         *(Step(StepPlan(decode=[sequence])) for sequence in step.plan.decode),
         *(Step(StepPlan(prefill=[chunk]), decide=step.decide) for chunk in step.plan.prefill),
-        *(Step(StepPlan(), [item], [ids]) for item, ids in zip(step.routed, step.routed_ids, strict=True)),
+        *(
+            Step(StepPlan(), [item], [ids], settle=step.settle)
+            for item, ids in zip(step.routed, step.routed_ids, strict=True)
+        ),
     ]
     return _joined([run_step(model, part) for part in parts])
 
@@ -182,6 +188,7 @@ def _run(model: SharedModel, step: Step, merged: MergedWeights | None) -> Conclu
     batch = packing.batch
     batch.layout = PackLayout(decode, tuple(packing.chunks), segments)
     batch.late = packing.late
+    batch.settle = _for_gates(step)
     if packing.late:
         decide = step.decide
         assert decide is not None, "a sequence without gates, and nobody to find them"
@@ -207,6 +214,14 @@ def _run(model: SharedModel, step: Step, merged: MergedWeights | None) -> Conclu
             for index, item in enumerate(step.routed)
         ],
     )
+
+
+def _for_gates(step: Step) -> Settle | None:
+    """The step's `settle` for requests; questions want all features, whatever the router says of them."""
+    settle, asked = step.settle, [isinstance(item, Live) for item in step.routed]
+    if settle is None or not any(asked):
+        return None
+    return lambda features: [wanted and done for wanted, done in zip(asked, settle(features), strict=True)]
 
 
 def _failure(step: Step, error: Exception) -> Conclusion:

@@ -93,16 +93,16 @@ def test_an_expert_joins_through_a_refit_of_its_kind(bundle, family, tmp_path):
 
 def test_inspection_tells_what_it_tells_of_itself(bundle):
     facts = bundle_facts(bundle)["router"]
-    assert (facts["kind"], facts["generation"], facts["metric"]) == ("nearest", 1, "euclidean")
+    assert (facts["kind"], facts["generation"], facts["metric"]) == ("centroid", 1, "euclidean")
     assert json.dumps(facts)
     console = Console(record=True, width=200)
     console.print(bundle_table(bundle))
     assert (
-        "nearest, generation 1, 2 experts, top_k=2, threshold=0.1, metric=euclidean" in console.export_text()
+        "centroid, generation 1, 2 experts, top_k=2, threshold=0.1, metric=euclidean" in console.export_text()
     )
 
 
 def test_without_its_package_the_bundle_names_what_is_missing(bundle, monkeypatch):
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).name != "site"])
-    with pytest.raises(CorruptBundleError, match=r"router kind 'nearest' is unknown"):
+    with pytest.raises(CorruptBundleError, match=r"router kind 'centroid' is unknown"):
         Bundle.open(bundle.path)

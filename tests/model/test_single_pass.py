@@ -85,11 +85,11 @@ def _gates(path, router, prompt):
     return select_gates(row, router.names, router.top_k, router.threshold)
 
 
-@pytest.mark.parametrize("layer", [1, 2, 4])
+@pytest.mark.parametrize(("layer", "taps"), [(1, ()), (2, ()), (4, ()), (3, (1, 2))])
 def test_the_prompt_has_its_gates_from_the_routing_depth_on_and_the_answer_everywhere(
-    path, experts, layer, native
+    path, experts, layer, taps, native
 ):
-    router = random_router(path, NAMES, layer=layer, pooling="mean_last")
+    router = random_router(path, NAMES, layer=layer, taps=taps, pooling="mean_last")
     harness = Harness(
         path, list(experts.values()), router=router, single_pass=True, native=native, budget=ONE_STEP
     )
@@ -208,9 +208,11 @@ def test_what_cannot_be_routed_in_one_pass_is_routed_before(path, experts, nativ
     harness.assert_idle()
 
 
-@pytest.mark.parametrize("layer", [1, 2, 3, 4, -1])
-def test_a_router_of_any_depth_reads_what_plain_transformers_computes(path, experts, layer, native):
-    router = random_router(path, NAMES, layer=layer, pooling="mean_last")
+@pytest.mark.parametrize(
+    ("layer", "taps"), [(1, ()), (2, ()), (3, ()), (4, ()), (-1, ()), (3, (1,)), (4, (1, 3)), (-1, (2, 4))]
+)
+def test_a_router_of_any_depth_reads_what_plain_transformers_computes(path, experts, layer, taps, native):
+    router = random_router(path, NAMES, layer=layer, taps=taps, pooling="mean_last")
     harness = Harness(path, list(experts.values()), router=router, native=native)
     prompts = [prompt_ids(i, length, VOCABULARY) for i, length in enumerate([1, 7, 30, 60])]
     found: dict[int, torch.Tensor] = {}
@@ -235,9 +237,10 @@ def test_a_router_of_any_depth_reads_what_plain_transformers_computes(path, expe
     harness.assert_idle()
 
 
-def test_a_router_that_reads_beyond_the_model_is_refused(path):
+@pytest.mark.parametrize("beyond", [{"layer": 5}, {"layer": -1, "taps": (5,)}])
+def test_a_router_that_reads_beyond_the_model_is_refused(path, beyond):
     router = random_router(path, NAMES, layer=4)
-    deeper = router.spec.model_copy(update={"layer": 5})
+    deeper = router.spec.model_copy(update=beyond)
     object.__setattr__(router, "spec", deeper)
     with pytest.raises(Exception, match="the router reads layer 5, the model has 4"):
         Harness(path, router=router)

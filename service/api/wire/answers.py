@@ -27,6 +27,8 @@ class RoutingAnswer(Answer):
     generations: Mapping[str, int]
     router_generation: int | None
     confidence: float | None
+    abstained: bool = False
+    explored: bool = False
 
     @classmethod
     def of(cls, outcome: RoutingOutcome) -> Self:
@@ -38,6 +40,8 @@ class RoutingAnswer(Answer):
             generations=outcome.generations,
             router_generation=outcome.router_generation,
             confidence=outcome.confidence,
+            abstained=outcome.abstained,
+            explored=outcome.explored,
         )
 
 
@@ -182,7 +186,7 @@ class ModelAnswer(Answer):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["twinserve"] = "twinserve"
-    kind: Literal["router", "expert", "shared"]
+    kind: Literal["router", "expert", "shared", "classifier"]
     max_model_len: int
     generation: int | None = None
 

@@ -162,6 +162,7 @@ class RoutingOptions(WireModel):
 
     top_k: int | None = Field(default=None, ge=1, le=1024)
     threshold: float | None = Field(default=None, ge=0, le=1)
+    abstain: bool = Field(default=True, description="false: gates for strange prompts too")
 
 
 class SamplingBody(WireModel):

@@ -95,6 +95,8 @@ def test_a_misspelt_variable_is_noticed() -> None:
     ("together", "said"),
     [
         ({"mix_mode": "merged", "native": "off"}, "TWINSERVE_NATIVE"),
+        ({"shared_weights": "int8", "native": "off"}, "TWINSERVE_NATIVE"),
+        ({"shared_weights": "int8", "mix_mode": "merged"}, "TWINSERVE_MIX_MODE"),
         ({"mix_mode": "merged", "merged_bytes": 0}, "TWINSERVE_MERGED_BYTES"),
         ({"max_experts": 1, "pinned_experts": "a,b"}, "TWINSERVE_PINNED_EXPERTS"),
     ],
