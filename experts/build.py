@@ -12,7 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from experts.bundle import Bundle
-from experts.bundle_manifest import BaseInfo, MergeInfo, TuningRecord, check_name
+from experts.bundle_delta import BaseDelta
+from experts.bundle_manifest import BASE_DELTA_NAME, BaseInfo, MergeInfo, TuningRecord, check_name
 from experts.bundle_writer import BundleWriter, check_target, new_bundle
 from experts.checkpoint import Checkpoint, FineTune, open_fine_tune
 from experts.compression import CompressionSpec
@@ -20,10 +21,13 @@ from experts.errors import BundleError, RoutingError
 from experts.factors import Delta
 from experts.merging import merge
 from experts.merging.methods import MergeMethod, TaskArithmetic
+from experts.registry.calibration import expert_statistics
+from experts.registry.fitting import Kind, fit_router, subspace_router
 from experts.registry.prepare import compress_exclusive, describe_source
+from experts.registry.responses import of_fine_tune
 from experts.routing import (
     FeatureSpec,
-    MlpRouter,
+    Router,
     RoutingPrompt,
     extract_features,
     load_prompts,
@@ -51,8 +55,10 @@ class BuildPlan:
         method: the static merge that makes the shared expert.
         compression: how much of each exclusive vector is kept.
         prompts: name → prompts file (`load_prompts`); the router needs one for every expert.
-        router: "mlp", or "none": requests then name their experts.
+        router: its kind, or "none": requests then name their experts. "subspace" needs no prompts.
         features: what the router sees.
+        guard_rate: share of held-out prompts that the router's guard may leave to the shared expert; None: no
+            guard.
         top_k, threshold: the router's defaults.
         max_prompts: at most so many prompts of each expert and split train the router.
         tune: choose the method's scale on validation prompts with answers, see `tune_scale`.
@@ -67,8 +73,9 @@ class BuildPlan:
     method: MergeMethod = field(default_factory=TaskArithmetic)
     compression: CompressionSpec = field(default_factory=lambda: CompressionSpec(rank=16))
     prompts: Mapping[str, Path] = field(default_factory=dict)
-    router: Literal["mlp", "none"] = "mlp"
+    router: Kind | Literal["none"] = "mlp"
     features: FeatureSpec = field(default_factory=FeatureSpec)
+    guard_rate: float | None = None
     top_k: int = 2
     threshold: float = 0.05
     max_prompts: int = 500
@@ -90,11 +97,13 @@ def build_bundle(plan: BuildPlan, progress: Progress | None = None) -> Bundle:
     fine_tunes = [open_fine_tune(name, path, base) for name, path in plan.experts.items()]
     method, tuning = plan.method, None
     if plan.tune:
-        method, tuning = tune_scale(base, fine_tunes, plan.method, plan.compression, prompts, report)
+        # Activation statistics are of the shared expert, which the scale decides: tuning goes without.
+        spec = plan.compression.model_copy(update={"allocation": "energy"})
+        method, tuning = tune_scale(base, fine_tunes, plan.method, spec, prompts, report)
     with new_bundle(plan.out, plan.name, plan.compression, overwrite=plan.overwrite) as writer:
-        _write_experts(plan, writer, base, fine_tunes, method, report)
-        if plan.router == "mlp":
-            writer.set_router(_fit_router(plan, writer.shared_path, prompts, report))
+        _write_experts(plan, writer, base, fine_tunes, method, prompts, report)
+        if plan.router != "none":
+            writer.set_router(_fit_router(plan, writer, prompts, report))
         report("finish", 0, 1)
         _commit(writer, base, method, tuning)
     bundle = Bundle.open(plan.out)
@@ -116,8 +125,10 @@ def _check_plan(plan: BuildPlan) -> dict[str, tuple[RoutingPrompt, ...]]:
     if unknown:
         raise RoutingError(f"prompts are given for {unknown}, which are not experts of this build")
     missing = sorted(set(plan.experts) - set(plan.prompts))
-    if missing and (plan.router == "mlp" or plan.tune):
-        needs = "the router" if plan.router == "mlp" else "tuning"
+    weighed = plan.compression.allocation == "activation"
+    learns = plan.router not in ("none", "subspace")
+    if missing and (learns or plan.tune or weighed):
+        needs = "the router" if learns else "tuning" if plan.tune else "allocation=activation"
         raise RoutingError(
             f"{needs} needs prompts for every expert, and {missing} have none; give them or do without"
         )
@@ -130,6 +141,7 @@ def _write_experts(
     base: Checkpoint,
     fine_tunes: Sequence[FineTune],
     method: MergeMethod,
+    prompts: Mapping[str, Sequence[RoutingPrompt]],
     report: Progress,
 ) -> None:
     """The shared expert, then every exclusive vector against it as written."""
@@ -144,13 +156,24 @@ def _write_experts(
     shared, base_delta = writer.write_shared(
         base, _counted(merge(base, fine_tunes, method, on_line), base, report)
     )
+    weigh = _calibration(plan, writer, prompts)
     for index, (name, path) in enumerate(plan.experts.items()):
         positions = {parameter: place for place, parameter in enumerate(shared.names, start=1)}
         step = _stepped(report, positions, index, len(plan.experts))
         fine_tune = open_fine_tune(name, path, shared)
-        compressed = compress_exclusive(fine_tune, shared, base_delta, plan.compression, step)
+        compressed = compress_exclusive(fine_tune, shared, base_delta, plan.compression, step, weigh(name))
         writer.add_expert(name, compressed, describe_source(path), shared)
         report("experts", (index + 1) * len(positions), len(plan.experts) * len(positions))
+
+
+def _calibration(
+    plan: BuildPlan, writer: BundleWriter, prompts: Mapping[str, Sequence[RoutingPrompt]]
+) -> Callable[[str], Mapping[str, Tensor] | None]:
+    """Gives an expert's activation statistics on the shared expert as written; None where none are needed."""
+    if plan.compression.allocation == "energy":
+        return lambda name: None
+    tokenizer, model = load_tokenizer(writer.shared_path), load_model(writer.shared_path)
+    return lambda name: expert_statistics(model, tokenizer, name, prompts[name])
 
 
 def _stepped(
@@ -170,9 +193,50 @@ def _counted(
 
 
 def _fit_router(
-    plan: BuildPlan, shared: Path, prompts: Mapping[str, Sequence[RoutingPrompt]], report: Progress
-) -> MlpRouter:
+    plan: BuildPlan,
+    writer: BundleWriter,
+    prompts: Mapping[str, Sequence[RoutingPrompt]],
+    report: Progress,
+) -> Router:
     """Features of every expert's prompts on the shared expert, then the fit."""
+    shared = writer.shared_path
+    training, validation = _features(plan, shared, prompts, report) if prompts else ({}, {})
+    told = lambda epoch, epochs: report("router", epoch, epochs)  # noqa: E731 - one line, used twice
+    if plan.router in ("none", "subspace"):
+        checkpoint, base_delta = Checkpoint.open(shared), BaseDelta.open(writer.folder / BASE_DELTA_NAME)
+        tasks = {
+            name: of_fine_tune(open_fine_tune(name, path, checkpoint), checkpoint, base_delta)
+            for name, path in plan.experts.items()
+            if name not in prompts
+        }
+        return subspace_router(
+            tasks,
+            shared,
+            plan.features,
+            training=training,
+            validation=validation,
+            top_k=plan.top_k,
+            threshold=plan.threshold,
+            guard_rate=plan.guard_rate,
+            progress=told,
+        )
+    return fit_router(
+        plan.router,
+        training,
+        validation,
+        plan.features,
+        top_k=plan.top_k,
+        threshold=plan.threshold,
+        seed=plan.seed,
+        guard_rate=plan.guard_rate,
+        progress=told,
+    )
+
+
+def _features(
+    plan: BuildPlan, shared: Path, prompts: Mapping[str, Sequence[RoutingPrompt]], report: Progress
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Training and validation features by expert."""
     tokenizer, model = load_tokenizer(shared), load_model(shared)
     rendered: dict[tuple[str, Split], list[list[int]]] = {}
     for name, lines in prompts.items():
@@ -188,15 +252,7 @@ def _fit_router(
             model, ids, plan.features, progress=_shifted(report, "features", done, total)
         )
         done += len(ids)
-    return MlpRouter.fit(
-        features["train"],
-        features["validation"],
-        plan.features,
-        top_k=plan.top_k,
-        threshold=plan.threshold,
-        seed=plan.seed,
-        progress=lambda epoch, epochs: report("router", epoch, epochs),
-    )
+    return features["train"], features["validation"]
 
 
 def _shifted(report: Progress, stage: str, before: int, total: int) -> Callable[[int, int], None]:

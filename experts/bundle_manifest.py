@@ -124,7 +124,7 @@ class ExpertSummary(_Model):
     """True sizes and errors of one expert; per tensor in its expert.json.
 
     Attributes:
-        nbytes: stored bytes of all factors and exact vectors.
+        nbytes: stored bytes of all factors and exact vectors; quantised ones take more in memory, decoded.
         fraction_of_full: nbytes / bytes of the full model.
         relative_error: ‖v − v̂‖ / ‖v‖ over the whole exclusive vector (Frobenius); what is folded is lost.
         folded: tensors whose exclusive part was left out, by policy.

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from experts.classification import cli as classifier_cli
 from experts.errors import BundleError, ExpertsError
 
 if TYPE_CHECKING:
@@ -20,7 +21,19 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 2
 
-Method = Literal["averaging", "task-arithmetic", "ties", "dare", "dare-ties"]
+Method = Literal[
+    "averaging",
+    "task-arithmetic",
+    "ties",
+    "dare",
+    "dare-ties",
+    "breadcrumbs",
+    "della",
+    "sce",
+    "model-stock",
+    "tsv",
+    "iso-c",
+]
 
 _STAGES = {
     "base": "embedded base",
@@ -38,6 +51,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command("build")(build)
     app.command("inspect")(inspect)
+    app.add_typer(classifier_cli.build_app(), name="classifier")
 
 
 @contextlib.contextmanager
@@ -90,9 +104,30 @@ def build(
         Method, typer.Option(help="Static merge that makes the shared expert.")
     ] = "task-arithmetic",
     scale: Annotated[float | None, typer.Option(help="The merge's λ.")] = None,
-    density: Annotated[float | None, typer.Option(help="Fraction that TIES keeps.")] = None,
-    drop_rate: Annotated[float | None, typer.Option(help="Fraction that DARE drops.")] = None,
-    merge_seed: Annotated[int | None, typer.Option(help="Seed of DARE.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Fraction of entries that TIES, Breadcrumbs or SCE keeps.")
+    ] = None,
+    trim: Annotated[
+        Literal["model", "tensor"] | None,
+        typer.Option(help="Over what TIES takes its fraction: the whole task vector, or each tensor."),
+    ] = None,
+    drop_rate: Annotated[float | None, typer.Option(help="Fraction that DARE or DELLA drops.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="DELLA: how far drop rates differ between a row's ends.")
+    ] = None,
+    outliers: Annotated[
+        float | None, typer.Option(help="Breadcrumbs: fraction of largest entries that is masked.")
+    ] = None,
+    election: Annotated[
+        bool | None,
+        typer.Option(
+            "--election/--no-election", help="Breadcrumbs, DELLA: elect signs as TIES does, or just add."
+        ),
+    ] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="TSV: part of the rank that each expert keeps (default: 1/experts).")
+    ] = None,
+    merge_seed: Annotated[int | None, typer.Option(help="Seed of DARE and DELLA.")] = None,
     tune: Annotated[
         bool, typer.Option(help="Choose λ on validation prompts with answers: lowest loss with oracle gates.")
     ] = False,
@@ -102,18 +137,35 @@ def build(
     ] = None,
     budget_bytes: Annotated[int | None, typer.Option(help="Instead: bytes of each expert.")] = None,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="Stored form of the factors.")
+        Literal["bfloat16", "float16", "float32", "int8", "int4", "mixed"],
+        typer.Option(help="Stored form of the factors; mixed: by singular value, under --budget-bytes."),
     ] = "bfloat16",
+    allocation: Annotated[
+        Literal["energy", "activation"],
+        typer.Option(help="What is kept: most of the weights' energy, or of the outputs on the prompts."),
+    ] = "energy",
     extras: Annotated[
         Literal["fold", "exact"],
         typer.Option(help="Biases, norms, embeddings, heads: in the shared expert alone, or kept for each."),
     ] = "fold",
     router: Annotated[
-        Literal["mlp", "none"], typer.Option(help="none: every request names its experts.")
+        Literal["mlp", "gaussian", "nearest", "staged", "subspace", "none"],
+        typer.Option(
+            help="Its kind. subspace: by weights, no prompts needed; none: requests name their experts."
+        ),
     ] = "mlp",
     router_layer: Annotated[
         int, typer.Option(help="Decoder layer that the router reads, from 1; -1: the last, after the norm.")
     ] = -1,
+    router_tap: Annotated[
+        list[int] | None, typer.Option(help="A layer below it that the router reads too; once for each.")
+    ] = None,
+    guard_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=0.5, help="Share of held-out prompts that may be left to the shared expert as unknown."
+        ),
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Gates that the router keeps by default.")] = 2,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Gates below it are dropped by default.")
@@ -127,10 +179,20 @@ def build(
     """Build a bundle from a base and its fine-tunes."""
     with reported_errors():
         experts, prompt_files = _pairs("--expert", expert), _pairs("--prompts", prompts)
-        chosen = {"scale": scale, "density": density, "drop_rate": drop_rate, "seed": merge_seed}
+        chosen = {
+            "scale": scale,
+            "density": density,
+            "trim": trim,
+            "drop_rate": drop_rate,
+            "epsilon": epsilon,
+            "outliers": outliers,
+            "election": election,
+            "fraction": fraction,
+            "seed": merge_seed,
+        }
         sizes = {"rank": rank, "energy": energy, "budget_bytes": budget_bytes}
-        merge_method, spec = _method(method, chosen), _spec(sizes, dtype, extras)
-        features = router_features(router_layer)
+        merge_method, spec = _method(method, chosen), _spec(sizes, dtype, extras, allocation)
+        features = router_features(router_layer, router_tap or ())
 
         from experts.build import BuildPlan, build_bundle
 
@@ -144,6 +206,7 @@ def build(
             prompts=prompt_files,
             router=router,
             features=features,
+            guard_rate=guard_rate,
             top_k=top_k,
             threshold=threshold,
             max_prompts=max_prompts,
@@ -176,8 +239,8 @@ def inspect(
             Console().print(bundle_table(opened))
 
 
-def router_features(layer: int) -> "FeatureSpec":
-    """What a router that reads `layer` sees.
+def router_features(layer: int, taps: Sequence[int] = ()) -> "FeatureSpec":
+    """What a router that reads `layer`, and `taps` below it, sees.
 
     Raises:
         RoutingError: there cannot be such a layer.
@@ -188,7 +251,7 @@ def router_features(layer: int) -> "FeatureSpec":
     from experts.routing import FeatureSpec
 
     try:
-        return FeatureSpec(layer=layer)
+        return FeatureSpec(layer=layer, taps=tuple(sorted(taps)))
     except ValidationError as error:
         raise RoutingError(f"--router-layer: {error.errors()[0]['msg']}") from error
 
@@ -229,7 +292,7 @@ def _method(method: Method, chosen: Mapping[str, Any]) -> "MergeMethod":
         raise MergeError(f"{option} {problem['input']}: {problem['msg']}") from error
 
 
-def _spec(sizes: Mapping[str, Any], dtype: str, extras: str) -> "CompressionSpec":
+def _spec(sizes: Mapping[str, Any], dtype: str, extras: str, allocation: str) -> "CompressionSpec":
     """The compression asked for; rank 16 where no size was given."""
     from pydantic import ValidationError
 
@@ -238,7 +301,9 @@ def _spec(sizes: Mapping[str, Any], dtype: str, extras: str) -> "CompressionSpec
 
     given = {key: value for key, value in sizes.items() if value is not None} or {"rank": 16}
     try:
-        return CompressionSpec.model_validate({**given, "dtype": dtype, "extras": extras})
+        return CompressionSpec.model_validate(
+            {**given, "dtype": dtype, "extras": extras, "allocation": allocation}
+        )
     except ValidationError as error:
         problem = error.errors()[0]
         where = f"--{str(problem['loc'][0]).replace('_', '-')}: " if problem["loc"] else ""

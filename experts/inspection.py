@@ -8,6 +8,7 @@ from rich.text import Text
 
 from experts.bundle import Bundle
 from experts.bundle_manifest import ExpertSummary
+from experts.compression import CompressionSpec
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def _experts(bundle: Bundle) -> Table:
     table.add_column("expert")
     for title in ("generation", "rank", "bytes", "% of full", "rel. error", "folded"):
         table.add_column(title, justify="right")
-    for title in ("routed", "source", "sha256"):
+    for title in ("codec", "routed", "source", "sha256"):
         table.add_column(title)
     for name, entry in sorted(bundle.manifest.experts.items()):
         summary = entry.summary
@@ -47,6 +48,7 @@ def _experts(bundle: Bundle) -> Table:
             f"{100 * summary.fraction_of_full:.2f}",
             f"{summary.relative_error:.4f}",
             f"{summary.folded} tensors",
+            _codec(entry.compression),
             "retired" if entry.state == "retired" else "yes" if entry.routed else "no",
             entry.source.kind,
             entry.source.sha256[:12],
@@ -87,6 +89,11 @@ def _making(bundle: Bundle) -> Table:
         f"{manifest.build_id}, format {manifest.format_version}, {len(manifest.files)} files with sha256",
     )
     return grid
+
+
+def _codec(spec: CompressionSpec) -> str:
+    """Stored form, and the allocation where it is not the plain one."""
+    return spec.dtype if spec.allocation == "energy" else f"{spec.dtype}, {spec.allocation}"
 
 
 def _ranks(summary: ExpertSummary) -> str:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from experts import cli as experts_cli
 from experts.embedded import cli as embedded_cli
 from experts.errors import ExpertsError
+from experts.evaluation import cli as evaluation_cli
 from service.errors import TwinserveError
 from service.logs import configure_logging
 from service.settings import ENV_PREFIX, Settings
@@ -36,6 +37,7 @@ def build_app() -> typer.Typer:
     commands.command("serve")(serve)
     commands.command("native")(native)
     experts_cli.register(commands)
+    commands.command("eval")(evaluation_cli.evaluate)
     commands.add_typer(embedded_cli.build_app(), name="embedded")
     return commands
 

@@ -9,10 +9,14 @@
     │   └── UnknownExpertError     400  unknown_expert          (a gate names an expert that is not there)
     ├── AuthenticationError        401  invalid_api_key
     ├── AdminDisabledError         403  admin_disabled          (no admin key is configured)
+    ├── FeedbackDisabledError      403  feedback_disabled       (TWINSERVE_FEEDBACK is not set)
     ├── PathNotAllowedError        403  path_not_allowed
     ├── ModelNotFoundError         404  model_not_found
+    ├── ClassifierDisabledError    404  classifier_disabled     (no classifier bundle is served)
     ├── ExpertNotFoundError        404  expert_not_found
+    ├── RequestNotFoundError       404  request_not_found       (no routed answer of that id is remembered)
     ├── ConflictError              409  conflict
+    ├── AlreadyRatedError          409  already_rated           (an answer is rated once)
     ├── ExpertRejectedError        422  expert_rejected         (a checkpoint that cannot become an expert)
     ├── QueueFullError             429  queue_full              (Retry-After)
     ├── RequestFailedError         500  request_failed          (a fault inside this request alone)
@@ -105,6 +109,14 @@ class AdminDisabledError(TwinserveError):
     type = "permission_error"
 
 
+class FeedbackDisabledError(TwinserveError):
+    """The server was started without feedback."""
+
+    status = 403
+    code = "feedback_disabled"
+    type = "permission_error"
+
+
 class PathNotAllowedError(TwinserveError):
     """A server-side path outside the configured root."""
 
@@ -121,11 +133,35 @@ class ModelNotFoundError(TwinserveError):
     type = "invalid_request_error"
 
 
+class ClassifierDisabledError(TwinserveError):
+    """The server was started without a classifier bundle."""
+
+    status = 404
+    code = "classifier_disabled"
+    type = "invalid_request_error"
+
+
 class ExpertNotFoundError(TwinserveError):
     """No expert of that name is registered."""
 
     status = 404
     code = "expert_not_found"
+    type = "invalid_request_error"
+
+
+class RequestNotFoundError(TwinserveError):
+    """No answer of that id can be rated."""
+
+    status = 404
+    code = "request_not_found"
+    type = "invalid_request_error"
+
+
+class AlreadyRatedError(TwinserveError):
+    """The answer was rated before; a rating counts once."""
+
+    status = 409
+    code = "already_rated"
     type = "invalid_request_error"
 
 

@@ -1,14 +1,19 @@
 """A new expert's prompts + what the router kept of the others' → a router that knows all of them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from experts.bundle import Bundle
+from experts.checkpoint import open_fine_tune
 from experts.errors import RoutingError
+from experts.registry.fitting import by_weights
+from experts.registry.responses import of_fine_tune, responses
 from experts.routing import Router, extract_features, render_prompts
 from experts.routing.loading import load_model, load_tokenizer
+from experts.routing.router import DataFree
 
 MIN_PROMPTS = 8
 """Fewer prompts than this cannot both train and validate."""
@@ -48,6 +53,40 @@ def refit_router(
         )
     held_out = torch.arange(features.shape[0]) // forms % _VALIDATION_EVERY == _VALIDATION_EVERY - 1
     return router.refitted(name, features[~held_out], features[held_out], seed)
+
+
+def join_by_weights(bundle: Bundle, name: str, source: Path) -> Router | None:
+    """The bundle's router with one more expert of which no prompt is known; None where its router cannot.
+
+    A data-free router takes it up at once. One that knows its experts by prompts and has a guard stays what it
+    is, inside a data-free one that is offered what the guard turns away; it has to read one decoder layer or
+    more below the last. Every other kind leaves the expert to requests that name it.
+
+    Args:
+        bundle: the family.
+        name: the new expert; one that the router knows by prompts is known by its weights from now on.
+        source: folder of the fine-tune.
+
+    Raises:
+        CheckpointError, MismatchError: the source cannot be read or does not fit.
+    """
+    router = bundle.router()
+    if router is None:
+        return None
+    task = of_fine_tune(open_fine_tune(name, source, bundle.shared), bundle.shared, bundle.base_delta)
+    if isinstance(router, DataFree):
+        return router.joined_data_free(name, responses(task, bundle.shared, router.spec.read))
+    known = router.without(name)
+    if getattr(router, "guard", None) is None or known is None or router.spec.layer == -1:
+        return None
+    return by_weights(
+        {name: task},
+        bundle.shared_path,
+        router.spec,
+        known=known,
+        top_k=router.top_k,
+        threshold=router.threshold,
+    )
 
 
 def profile_prompts(bundle: Bundle, prompts: Sequence[str]) -> tuple[Tensor, int]:

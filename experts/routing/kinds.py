@@ -1,9 +1,9 @@
-"""Kind of router → the code that reads it: the built-in one, and those of installed packages.
+"""Kind of router → the code that reads it: the built-in ones, and those of installed packages.
 
 A package adds a kind with an entry point of its name in the group `twinserve.routers`::
 
     [project.entry-points."twinserve.routers"]
-    nearest = "my_package.nearest:NearestCentroid.load"
+    forest = "my_package.forest:Forest.load"
 
 The entry point is a function of the router's folder that gives a `Router` and raises RoutingError where it
 cannot. A bundle only names its kind: no code is ever read from it.
@@ -11,31 +11,42 @@ cannot. A bundle only names its kind: no code is ever read from it.
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from experts.errors import RoutingError
-from experts.routing.mlp import MlpRouter
 from experts.routing.router import CONFIG_NAME, Router
 
 GROUP = "twinserve.routers"
 
 Loader = Callable[[Path], Router]
 
+BUILT_IN = {
+    "mlp": "MlpRouter",
+    "gaussian": "GaussianRouter",
+    "nearest": "NearestRouter",
+    "subspace": "SubspaceRouter",
+    "staged": "StagedRouter",
+}
+"""Kind → its class, in the module of `experts.routing` that bears the kind's name."""
+
 
 def router_kinds() -> tuple[str, ...]:
     """Every kind that can be read here, sorted."""
-    return tuple(sorted({MlpRouter.kind, *(point.name for point in entry_points(group=GROUP))}))
+    return tuple(sorted({*BUILT_IN, *(point.name for point in entry_points(group=GROUP))}))
 
 
 def find_loader(kind: str) -> Loader:
-    """What reads routers of a kind. The built-in kind cannot be taken over by a package.
+    """What reads routers of a kind. No built-in kind can be taken over by a package.
 
     Raises:
         RoutingError: nobody knows the kind, or its package cannot be imported.
     """
-    if kind == MlpRouter.kind:
-        return MlpRouter.load
+    if kind in BUILT_IN:
+        # Imported when wanted: some kinds nest routers of others, which are found here.
+        built_in: Loader = getattr(import_module(f"experts.routing.{kind}"), BUILT_IN[kind]).load
+        return built_in
     found = next(iter(entry_points(group=GROUP, name=kind)), None)
     if found is None:
         raise RoutingError(

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional
 
 from experts.errors import RoutingError
 from experts.routing.examples import check_features, confusion, sample, stack
 from experts.routing.features import FeatureSpec
+from experts.routing.guard import Guard, GuardConfig
 from experts.routing.router import CONFIG_NAME, WEIGHTS_NAME
+from experts.routing.storage import misfit, read_config, read_tensors, write_router
 from experts.routing.training import Layers, calibrate, forward, train
 
 PROFILE_LIMIT = 200
@@ -60,6 +60,7 @@ class _Config(BaseModel):
     threshold: float
     temperature: float
     record: FitRecord
+    guard: GuardConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class MlpRouter:
         mean, std: (d,) float32, of the training features; a feature is standardised before the network.
         layers: three (weight, bias) pairs.
         profiles: expert → kept features.
+        guard: abstains for prompts unlike all; None never does.
     """
 
     kind: ClassVar[str] = "mlp"
@@ -93,6 +95,7 @@ class MlpRouter:
     layers: Layers
     profiles: Mapping[str, Profile]
     record: FitRecord
+    guard: Guard | None = None
 
     @classmethod
     def fit(
@@ -108,11 +111,13 @@ class MlpRouter:
         batch_size: int = 32,
         learning_rate: float = 5e-4,
         seed: int = 0,
+        guard_rate: float | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> "MlpRouter":
         """Fit on expert → features (n, d) float32, with a disjoint split of the same form for validation.
 
-        The same inputs and seed give the same router.
+        The same inputs and seed give the same router. `guard_rate` is the share of held-out prompts that a guard
+        may leave out; None fits no guard.
 
         Raises:
             RoutingError: an expert lacks features in a split, widths differ, or a feature is not finite.
@@ -159,7 +164,14 @@ class MlpRouter:
             )
             for name in names
         }
-        return cls(names, spec, 0, top_k, threshold, temperature, mean, std, fitted.layers, profiles, record)
+        guard = (
+            None
+            if guard_rate is None
+            else Guard.fit(training, validation, states=spec.size(1), rate=guard_rate)
+        )
+        return cls(
+            names, spec, 0, top_k, threshold, temperature, mean, std, fitted.layers, profiles, record, guard
+        )
 
     @torch.inference_mode()
     def probabilities(self, features: Tensor) -> Tensor:
@@ -170,6 +182,13 @@ class MlpRouter:
             )
         scaled = (features.to(device="cpu", dtype=torch.float32) - self.mean) / self.std
         return torch.softmax(forward(self.layers, scaled) / self.temperature, dim=1)
+
+    @torch.inference_mode()
+    def abstains(self, features: Tensor) -> Tensor:
+        """See `Abstaining.abstains`."""
+        if self.guard is None:
+            return torch.zeros(features.shape[0], dtype=torch.bool)
+        return self.guard.abstains(features)
 
     def without(self, name: str) -> "MlpRouter | None":
         """See `Router.without`: the softmax over the remaining classes, no refit."""
@@ -186,6 +205,7 @@ class MlpRouter:
             layers=(*self.layers[:-1], (weight[kept], bias[kept])),
             profiles={other: profile for other, profile in self.profiles.items() if other != name},
             record=self.record.model_copy(update={"confusion": confusion}),
+            guard=self.guard.without(name) if self.guard else None,
         )
 
     def at_generation(self, generation: int) -> "MlpRouter":
@@ -195,7 +215,7 @@ class MlpRouter:
     def refitted(self, name: str, training: Tensor, validation: Tensor, seed: int) -> "MlpRouter":
         """See `Router.refitted`: a fit from scratch on these features and the others' profiles."""
         profiles = {other: self.profile(other) for other in self.names if other != name}
-        return MlpRouter.fit(
+        router = MlpRouter.fit(
             {other: kept for other, (kept, _) in profiles.items()} | {name: training},
             {other: held_out for other, (_, held_out) in profiles.items()} | {name: validation},
             self.spec,
@@ -203,6 +223,8 @@ class MlpRouter:
             threshold=self.threshold,
             seed=seed,
         )
+        # The guard saw all of the others' prompts; their profiles are a part.
+        return replace(router, guard=self.guard.joined(name, training, validation) if self.guard else None)
 
     def describe(self) -> dict[str, Any]:
         """See `Router.describe`."""
@@ -231,6 +253,7 @@ class MlpRouter:
             threshold=self.threshold,
             temperature=self.temperature,
             record=self.record,
+            guard=self.guard.config if self.guard else None,
         )
         tensors = {"mean": self.mean, "std": self.std}
         for index, (weight, bias) in enumerate(self.layers):
@@ -239,8 +262,7 @@ class MlpRouter:
         for name, profile in self.profiles.items():
             tensors[f"profiles.{name}.train"] = profile.train
             tensors[f"profiles.{name}.validation"] = profile.validation
-        save_file(tensors, folder / WEIGHTS_NAME)
-        (folder / CONFIG_NAME).write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_router(folder, config, tensors | (self.guard.tensors() if self.guard else {}))
 
     @classmethod
     def load(cls, folder: Path) -> "MlpRouter":
@@ -249,16 +271,8 @@ class MlpRouter:
         Raises:
             RoutingError: a file is missing or malformed, or its tensors do not fit its description.
         """
-        path = folder / CONFIG_NAME
-        try:
-            config = _Config.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise RoutingError(f"{path}: not a router description ({error}); restore the file") from error
+        config, tensors = read_config(folder, _Config), read_tensors(folder)
         path = folder / WEIGHTS_NAME
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise RoutingError(f"{path}: not readable ({error}); restore the file") from error
         try:
             layers = tuple(
                 (tensors[f"layers.{i}.weight"], tensors[f"layers.{i}.bias"]) for i in range(_LAYERS)
@@ -279,9 +293,10 @@ class MlpRouter:
                 layers,
                 profiles,
                 config.record,
+                Guard.read(config.guard, tensors) if config.guard else None,
             )
-        except KeyError as error:
-            raise RoutingError(f"{path}: tensor {error} is missing; restore the file") from error
+        except (KeyError, RoutingError) as error:
+            raise misfit(folder, error) from error
         router._check_shapes(path)
         return router
 

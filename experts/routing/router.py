@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -77,6 +77,38 @@ class Router(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write router.safetensors and router.json, both, into an existing empty folder."""
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """A router that is sometimes certain after the first of its spec's taps: nothing above it is read then."""
+
+    def settles(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, d of one layer) float32 of the first tap → probabilities (n, experts) and (n,) bool: these hold.
+
+        Where they hold, `probabilities` gives the same, and features of the layers above may be NaN.
+        """
+
+
+@runtime_checkable
+class Abstaining(Protocol):
+    """A router that knows when a prompt is like nothing that it was fitted on."""
+
+    def abstains(self, features: Tensor) -> Tensor:
+        """(n, d) float32 → (n,) bool: True leaves the prompt to the shared expert alone."""
+
+
+@runtime_checkable
+class DataFree(Protocol):
+    """A router that an expert can join by its weights alone."""
+
+    def joined_data_free(self, name: str, responses: Tensor) -> Router:
+        """With one more expert of which no prompt is known.
+
+        Args:
+            name: the expert.
+            responses: (layers of the spec, groups, rank, hidden) float32, see `experts.registry.responses`.
+        """
 
 
 def among(router: Router | None, names: Collection[str]) -> Router | None:

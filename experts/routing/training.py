@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,43 @@ TEMPERATURE_RANGE = (0.25, 16.0)
 
 Layers = Sequence[tuple[Tensor, Tensor]]
 """(weight (out, in), bias (out,)) of each linear layer, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How the learning rate follows the difficulty of what is being learnt.
+
+    Attributes:
+        kind: "constant" does not; "batch" takes larger steps on batches that are harder than usual, by their loss;
+            "focal" lets every prompt count by how badly it is known, (1 − p)^power (arXiv 1708.02002).
+        low, high: bounds of the factor on the learning rate, for "batch".
+        smoothing: of the usual loss, an exponential moving average, for "batch".
+        power: for "focal".
+    """
+
+    kind: Literal["constant", "batch", "focal"] = "constant"
+    low: float = 0.5
+    high: float = 2.0
+    smoothing: float = 0.9
+    power: float = 2.0
+
+    def factor(self, loss: float, usual: float) -> float:
+        """Of the learning rate, for a batch of that loss where `usual` is the average one."""
+        if self.kind != "batch":
+            return 1.0
+        return min(max(loss / max(usual, 1e-12), self.low), self.high)
+
+    def weights(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """(n,) weights of mean 1 for prompts with logits (n, classes) and labels (n,); None weighs all alike."""
+        if self.kind != "focal":
+            return None
+        known = torch.softmax(logits.detach(), dim=1).gather(1, labels[:, None])[:, 0]
+        missing = (1 - known).pow(self.power)
+        # Where everything is known nothing is left to prefer; the sum must not vanish.
+        return (missing + 1e-6) / (missing + 1e-6).mean()
+
+
+CONSTANT = Pace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +85,7 @@ def train(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    pace: Pace = CONSTANT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Fitted:
     """Train on standardised features (n, d) and labels (n,) int64; keep the epoch that is best on validation.
@@ -61,10 +100,16 @@ def train(
     counts = torch.bincount(labels, minlength=classes).clamp(min=1)
     weight = labels.shape[0] / (classes * counts.to(torch.float32))
     best: Fitted | None = None
+    usual: float | None = None
     for epoch in range(1, epochs + 1):
         order = torch.randperm(features.shape[0], generator=generator)
         for batch in torch.split(order, batch_size):
-            loss = functional.cross_entropy(forward(layers, features[batch]), labels[batch], weight=weight)
+            logits = forward(layers, features[batch])
+            loss = _loss(logits, labels[batch], weight, pace.weights(logits, labels[batch]))
+            if pace.kind == "batch":
+                now = float(loss.detach())
+                usual = now if usual is None else pace.smoothing * usual + (1 - pace.smoothing) * now
+                optimiser.param_groups[0]["lr"] = learning_rate * pace.factor(now, usual)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -105,6 +150,14 @@ def calibrate(logits: Tensor, labels: Tensor) -> float:
             right = low + golden * (high - low)
             nll_right = nll(right)
     return math.exp((low + high) / 2)
+
+
+def _loss(logits: Tensor, labels: Tensor, weight: Tensor, prompts: Tensor | None) -> Tensor:
+    """Mean cross-entropy with a weight for each class, and for each prompt where `prompts` (n,) is given."""
+    if prompts is None:
+        return functional.cross_entropy(logits, labels, weight=weight)
+    losses = functional.cross_entropy(logits, labels, weight=weight, reduction="none")
+    return (losses * prompts).sum() / weight[labels].sum()
 
 
 def _initial(inputs: int, widths: Sequence[int], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:

@@ -24,7 +24,7 @@ import torch
 
 from experts.bundle import Bundle
 from experts.errors import ExpertsError
-from experts.registry import describe_source, prepare_expert, refit_router
+from experts.registry import describe_source, join_by_weights, prepare_expert, refit_router
 from service.errors import RequestFailedError
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class Job:
         build_id: of the bundle that is being served; another one on disk has another shared expert.
         source: folder of the fine-tune.
         size: `rank` or `energy`, or nothing for the bundle's own compression.
-        features: (prompts × forms, d) float32 for the router; None leaves the router as it is.
+        features: (prompts × forms, d) float32 for the router; None leaves what it knows of the expert as it is,
+            and lets a new one join by its weights where the router can.
         forms: consecutive rows that one prompt made.
         expected_generation: of the expert to replace; None for a new name.
     """
@@ -76,11 +77,13 @@ def perform(job: Job) -> dict[str, Any]:
         raise RebuiltError(f"{job.bundle} was rebuilt since the server opened it; restart the server")
     spec = bundle.manifest.compression
     if job.size:
-        sizes = dict.fromkeys(("rank", "energy", "budget_bytes"))
-        spec = type(spec).model_validate({**spec.model_dump(), **sizes, **job.size})
+        spec = spec.resized(**job.size)
+    # Prompts come to this process as features only, so activations cannot weigh what is lost.
+    spec = spec.model_copy(update={"allocation": "energy"})
     compressed = prepare_expert(bundle, job.name, job.source, spec)
-    router = None
-    if job.features is not None:
+    if job.features is None:
+        router = None if _is_routed(bundle, job.name) else join_by_weights(bundle, job.name, job.source)
+    else:
         router = refit_router(bundle, job.name, torch.from_numpy(job.features), forms=job.forms, replace=True)
     bundle.publish_expert(
         compressed, job.name, router, job.expected_generation, describe_source(job.source), spec
@@ -96,6 +99,11 @@ def perform(job: Job) -> dict[str, Any]:
         "max_rank": report.max_rank,
         "tensors": {handling: handled.count(handling) for handling in ("factored", "exact", "folded")},
     }
+
+
+def _is_routed(bundle: Bundle, name: str) -> bool:
+    """Whether requests are routed to the expert already."""
+    return name in bundle.manifest.router.names
 
 
 def _main(job: Job, results: Connection) -> None:

@@ -10,8 +10,9 @@ from service.core import Event, Failed, Finished
 class Generation(AsyncIterator[Event]):
     """The events of one request: text as it comes, then one `Finished` or `Failed`, then the end."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[[], None], client: str = "") -> None:
         self.loop = loop
+        self.client = client
         self._cancel = cancel
         self._events: deque[Event] = deque()
         self._arrival = asyncio.Event()

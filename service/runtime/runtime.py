@@ -37,6 +37,7 @@ from service.errors import (
     ShuttingDownError,
     TwinserveError,
 )
+from service.feedback import Feedback
 from service.gating.resident import ResidentExpert
 from service.runtime.config import RuntimeConfig
 from service.runtime.generation import Generation
@@ -71,6 +72,7 @@ class Runtime:
         self._generations: dict[str, Generation] = {}
         self._asked = 0
         self._draining = False
+        self._feedback: Feedback | None = None
         self._thread = EngineThread(engine, self._deliver, self._end_all, stats, config.threads)
         engine.residency.loader.on_loaded = self._thread.nudge
         self._thread.start()
@@ -99,7 +101,7 @@ class Runtime:
         if request.routing.gates is None:
             self._check_router()
         fixed = engine.dispatcher.fixed(request.routing) if request.routing.gates is not None else None
-        generation = Generation(asyncio.get_running_loop(), lambda: self._cancel(request.id))
+        generation = Generation(asyncio.get_running_loop(), lambda: self._cancel(request.id), request.client)
         self._generations[request.id] = generation
         try:
             self._thread.send(lambda result: engine.add(request, fixed, arrived, result))
@@ -123,7 +125,7 @@ class Runtime:
         self._check_router()
 
         def answer(features: Tensor) -> RoutingOutcome:
-            pattern, found = dispatcher.route(features, choice)
+            pattern, found = dispatcher.route(features, choice, explore=False)
             self._engine.release(pattern)
             return found
 
@@ -192,6 +194,7 @@ class Runtime:
             self._engine.dispatcher.router = router
 
         await self._call(switch)
+        self._known_to_feedback()
 
     async def retire(self, name: str, router: Router | None) -> None:
         """Stop giving the expert to new requests; running ones keep it.
@@ -207,6 +210,18 @@ class Runtime:
             self._engine.dispatcher.router = router
 
         await self._call(switch)
+        self._known_to_feedback()
+
+    def use_feedback(self, feedback: Feedback) -> None:
+        """Let it adjust the router from now on; it is told of routed answers and of experts that come and go."""
+        self._feedback = feedback
+        self._engine.dispatcher.adjuster = feedback
+        self._known_to_feedback()
+
+    def _known_to_feedback(self) -> None:
+        router = self._engine.dispatcher.router
+        if self._feedback is not None:
+            self._feedback.retain(router.names if router is not None else ())
 
     # -- state --------------------------------------------------------------------------------------
 
@@ -243,6 +258,8 @@ class Runtime:
         """End the engine thread; live requests get an error. Blocks until it has ended."""
         self._draining = True
         self._thread.close()
+        if self._feedback is not None:
+            self._feedback.close()
         for executor in self._beside:
             executor.shutdown(wait=False, cancel_futures=True)
 
@@ -331,6 +348,10 @@ class Runtime:
         with contextlib.suppress(EngineDeadError):
             self._thread.send(lambda result: self._engine.cancel(request_id, result))
 
+    def _rateable(self, request_id: str, client: str, event: Event) -> None:
+        if self._feedback is not None and isinstance(event, Finished) and event.routing is not None:
+            self._feedback.routed(request_id, client, event.routing)
+
     def _end_all(self, error: TwinserveError) -> None:
         """On the engine thread, last of all: whoever is still without a terminal event gets the error."""
         self._deliver([(request_id, Failed(error)) for request_id in list(self._generations)])
@@ -353,4 +374,5 @@ class Runtime:
                 continue
             if isinstance(event, Finished | Failed):
                 del self._generations[request_id]
+                self._rateable(request_id, generation.client, event)
             generation.deliver(event)

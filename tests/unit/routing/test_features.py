@@ -46,6 +46,43 @@ def test_layer_k_is_the_output_of_the_kth_decoder_layer(model):
     assert [len(layer._forward_hooks) for layer in decoder_layers(model)] == hooks
 
 
+@pytest.mark.parametrize(
+    ("taps", "layer"), [((1,), 2), ((1,), -1), ((1, 2), -1)], ids=["below", "norm", "every"]
+)
+def test_tapped_layers_stand_in_front_each_pooled_alone(model, taps, layer):
+    hooks = [len(each._forward_hooks) for each in decoder_layers(model)]
+    found = extract_features(model, PROMPTS, FeatureSpec(taps=taps, layer=layer), batch_tokens=64)
+    alone = [extract_features(model, PROMPTS, FeatureSpec(layer=part)) for part in (*taps, layer)]
+    assert found.shape == (5, FeatureSpec(taps=taps, layer=layer).size(64))
+    assert torch.allclose(found, torch.cat(alone, 1), atol=1e-5, rtol=1e-4)
+    assert [len(each._forward_hooks) for each in decoder_layers(model)] == hooks
+
+
+def test_a_tapped_spec_takes_one_pass_and_no_layer_above_the_last(model):
+    ran = []
+    handles = [
+        each.register_forward_hook(lambda *_, index=index: ran.append(index))
+        for index, each in enumerate(decoder_layers(model))
+    ]
+    extract_features(model, [PROMPTS[0]], FeatureSpec(taps=(1,), layer=2))
+    assert ran == [0, 1]
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_tap_that_does_not_exist_is_refused(model):
+    with pytest.raises(RoutingError, match="has 2 decoder layers"):
+        extract_features(model, [[1]], FeatureSpec(taps=(3,), layer=-1))
+
+
+def test_a_spec_without_taps_is_written_as_before_and_one_with_taps_comes_back():
+    plain = FeatureSpec(layer=16)
+    assert plain.model_dump() == {"layer": 16, "pooling": "mean_last", "max_tokens": 512}
+    assert FeatureSpec.model_validate_json('{"layer":16,"pooling":"mean_last","max_tokens":512}') == plain
+    tapped = FeatureSpec(layer=16, taps=(4, 8))
+    assert FeatureSpec.model_validate_json(tapped.model_dump_json()) == tapped
+
+
 def test_layers_above_the_one_that_is_read_do_not_run(model):
     ran = []
     above = decoder_layers(model)[1].register_forward_hook(lambda *_: ran.append(1))
@@ -97,7 +134,20 @@ def test_pooling_is_done_in_float32():
     assert pool(states, "mean_last").shape == (4,)
 
 
-@pytest.mark.parametrize("field", [{"layer": 0}, {"layer": -2}, {"pooling": "max"}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"layer": 0},
+        {"layer": -2},
+        {"pooling": "max"},
+        {"max_tokens": 0},
+        {"taps": (4,), "layer": 4},
+        {"taps": (0, 2)},
+        {"taps": (3, 2)},
+        {"taps": (2, 2)},
+        {"taps": (1, 5), "layer": 4},
+    ],
+)
 def test_an_impossible_spec_is_refused(field):
     with pytest.raises(ValidationError):
         FeatureSpec(**field)

@@ -26,13 +26,13 @@ def test_a_kind_of_an_installed_package_is_read_back_as_it_was(installed, router
     assert isinstance(loaded, NearestCentroid)
     assert (loaded.names, loaded.spec, loaded.generation) == (router.names, router.spec, 4)
     assert torch.equal(loaded.probabilities(torch.eye(3)), router.probabilities(torch.eye(3)))
-    assert router_kinds() == ("mlp", "nearest")
+    assert router_kinds() == ("centroid", "gaussian", "mlp", "nearest", "staged", "subspace")
 
 
 def test_a_kind_that_is_not_installed_is_refused_with_those_that_are(router, tmp_path):
     router.save(tmp_path)
     with pytest.raises(
-        RoutingError, match=r"router.json: router kind 'nearest' is unknown; installed are mlp"
+        RoutingError, match=r"router.json: router kind 'centroid' is unknown; installed are gaussian, mlp"
     ):
         load_router(tmp_path)
 
@@ -40,7 +40,7 @@ def test_a_kind_that_is_not_installed_is_refused_with_those_that_are(router, tmp
 def test_a_package_that_cannot_be_imported_is_named(router, tmp_path, monkeypatch):
     site = install(tmp_path / "site")
     points = site / "nearest_router-1.0.dist-info" / "entry_points.txt"
-    points.write_text("[twinserve.routers]\nnearest = no_such_package:load\n")
+    points.write_text("[twinserve.routers]\ncentroid = no_such_package:load\n")
     monkeypatch.syspath_prepend(site)
     router.save(tmp_path)
     with pytest.raises(RoutingError, match=r"'no_such_package:load' cannot be imported"):

@@ -1,0 +1,35 @@
+"""A router inside another's files: what it would write, as a mapping and tensors, and back."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from experts.routing.kinds import load_router
+from experts.routing.router import CONFIG_NAME, WEIGHTS_NAME, Router
+
+
+def pack(router: Router) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `save` writes into router.json and router.safetensors."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        router.save(folder)
+        config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        return config, load_file(folder / WEIGHTS_NAME)
+
+
+def unpack(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Router:
+    """The router that was packed, of whatever kind.
+
+    Raises:
+        RoutingError: the kind is not installed, or its loader refuses what it is given.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / CONFIG_NAME).write_text(json.dumps(dict(config)), encoding="utf-8")
+        save_file(dict(tensors), folder / WEIGHTS_NAME)
+        return load_router(folder)
