@@ -1,4 +1,4 @@
-"""Plots of the engine's report, drawn from its JSON alone."""
+"""Plots of the reports, drawn from their JSON alone."""
 
 import json
 import re
@@ -27,6 +27,95 @@ def draw(report: Path) -> None:
     _steps(folder / "engine-steps.svg", values)
     _rivals(folder / "engine-rivals.svg", entries)
     _breakdown(folder / "engine-breakdown.svg", values)
+
+
+def draw_quality(folder: Path) -> None:
+    """Write the plots of the quality studies that are there, beside their tables.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise RuntimeError("the plots need matplotlib; run: pip install 'twinserve[bench]'") from error
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "twinserve", "font.size": 8, "svg.fonttype": "none"})
+    _bytes(folder / "quality-bytes.svg", _entries(folder / "bytes.json"))
+    _count(folder / "quality-experts.svg", _entries(folder / "count.json"))
+    _scale(folder / "quality-scale.svg", _entries(folder / "scale.json"))
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return found
+
+
+def _bytes(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """One line a form: normalised quality against bytes of an expert."""
+    if not entries:
+        return
+    figure, axes = _axes(5, 3)
+    forms = dict.fromkeys(entry["method"].split()[0] for entry in entries)
+    for form in forms:
+        own = sorted(
+            (entry for entry in entries if entry["method"].split()[0] == form),
+            key=lambda entry: float(entry["expert_bytes"]),
+        )
+        sizes = [entry["expert_bytes"] / 1e6 for entry in own]
+        means, errors = [entry["normalised"] for entry in own], [entry["error"] for entry in own]
+        axes.errorbar(sizes, means, errors, marker="o", markersize=3, linewidth=1, label=form)
+    axes.set_xscale("log")
+    axes.set_xlabel("MB an expert")
+    axes.set_ylabel("% of the expert alone, oracle gates")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _count(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """One line a method: normalised quality against the number of experts."""
+    if not entries:
+        return
+    figure, axes = _axes(4, 2.8)
+    _lines(axes, entries, "normalised", "error")
+    axes.set_ylabel("% of the expert alone")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _scale(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Panels: bases across, held-in above held-out."""
+    from matplotlib import pyplot
+
+    bases = list(dict.fromkeys(entry["setting"] for entry in entries))
+    if not bases:
+        return
+    figure, panels = pyplot.subplots(
+        2, len(bases), figsize=(3.6 * len(bases), 5.2), squeeze=False, sharex=True
+    )
+    for column, base in enumerate(bases):
+        own = [entry for entry in entries if entry["setting"] == base]
+        for line, (kind, unit) in enumerate((("held_in", "expert"), ("held_out", "base"))):
+            axes = panels[line][column]
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.axhline(100, color=_BOUND, linewidth=0.6)
+            _lines(axes, [entry for entry in own if entry[kind] == entry[kind]], kind, f"{kind}_error")
+            axes.set_ylabel(f"{kind.replace('_', '-')}, % of the {unit}")
+            if line == 0:
+                axes.set_title(f"{base} base")
+    panels[0][0].legend(frameon=False, fontsize=6)
+    _save(figure, path)
+
+
+def _lines(axes: Any, entries: Sequence[Mapping[str, Any]], value: str, error: str) -> None:
+    for method in dict.fromkeys(entry["method"] for entry in entries):
+        own = sorted((e for e in entries if e["method"] == method), key=lambda e: int(e["experts"]))
+        if len(own) > 1:
+            axes.errorbar([entry["experts"] for entry in own], [entry[value] for entry in own],
+                          [entry[error] for entry in own], marker="o", markersize=3, linewidth=1, capsize=2,
+                          label=method)  # fmt: skip
+    axes.set_xlabel("experts")
+    axes.set_xticks(sorted({int(entry["experts"]) for entry in entries if entry["experts"]}))
 
 
 def _steps(path: Path, values: Mapping[str, float]) -> None:

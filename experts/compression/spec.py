@@ -46,6 +46,20 @@ class CompressionSpec(BaseModel):
             raise ValueError("dtype mixed chooses precisions under a byte budget; give budget_bytes")
         return self
 
+    def resized(self, *, rank: int | None = None, energy: float | None = None) -> Self:
+        """The same by rank or energy instead; mixed precision, which only a budget can share out, becomes int8.
+
+        Raises:
+            ValidationError: not exactly one of the two, or out of range.
+        """
+        return type(self).model_validate({
+            **self.model_dump(),
+            "rank": rank,
+            "energy": energy,
+            "budget_bytes": None,
+            "dtype": "int8" if self.dtype == "mixed" else self.dtype,
+        })  # fmt: skip
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of vectors that are not quantised."""

@@ -23,17 +23,20 @@ class EmbeddedRecipe:
 
     Attributes:
         scale: λ of the task arithmetic that makes the shared expert.
-        rank: singular values kept of each matrix of an exclusive vector.
-        max_prompts: router prompts of each expert and split.
+        expert_bytes: of an exclusive vector's factors, in mixed precision: half a percent of the full model.
+        router: its kind; this one takes a new expert in at once.
         router_layer: `FeatureSpec.layer` of the router; of those measured the one that best stands unseen wording.
+        guard_rate: share of known prompts that may be left to the shared expert, for the sake of foreign ones.
+        max_prompts: router prompts of each expert and split.
     """
 
     name: str = "embedded"
     scale: float = 0.2
-    rank: int = 8
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    max_prompts: int = 200
+    expert_bytes: int = 1_345_000
+    router: Literal["mlp", "gaussian"] = "gaussian"
     router_layer: int = 16
+    guard_rate: float | None = 0.01
+    max_prompts: int = 200
     top_k: int = 2
     threshold: float = 0.05
     seed: int = 0
@@ -80,10 +83,12 @@ def build_embedded(
             out=out,
             name=numbers.name,
             method=TaskArithmetic(scale=numbers.scale),
-            compression=CompressionSpec(rank=numbers.rank, dtype=numbers.dtype),
+            compression=CompressionSpec(budget_bytes=numbers.expert_bytes, dtype="mixed"),
             prompts={path.name: PROMPTS / f"{path.name}.jsonl" for path in factors},
             max_prompts=numbers.max_prompts,
+            router=numbers.router,
             features=FeatureSpec(layer=numbers.router_layer),
+            guard_rate=numbers.guard_rate,
             top_k=numbers.top_k,
             threshold=numbers.threshold,
             seed=numbers.seed,

@@ -96,8 +96,8 @@ def embedded_settings(
     multitask = _present({"multi-task model": quality / "multitask"})
     weak = _present({"multi-task model": quality / "weak-multitask"})
     made = {
-        "embedded": (base, shipped, {}),
-        "twenty": (base, {**shipped, **pool}, {}),
+        "embedded": (base, shipped, multitask),
+        "twenty": (base, {**shipped, **pool}, multitask),
         "strong": (base, pool, multitask),
         "weak": (quality / "weak-base", trained(quality / "weak-experts"), weak),
     }

@@ -254,3 +254,11 @@ def test_an_impossible_spec_is_refused(content: dict[str, Any]) -> None:
 )
 def test_a_parameters_role_is_told_from_its_name(name: str, shape: tuple[int, ...], kind: str) -> None:
     assert tensor_kind(name, shape) == kind
+
+
+def test_a_spec_can_be_asked_for_by_rank_or_energy_instead():
+    mixed = CompressionSpec(budget_bytes=1000, dtype="mixed", extras="exact")
+    assert mixed.resized(rank=3) == CompressionSpec(rank=3, dtype="int8", extras="exact")
+    assert CompressionSpec(rank=2).resized(energy=0.5) == CompressionSpec(energy=0.5)
+    with pytest.raises(ValidationError, match="exactly one"):
+        mixed.resized()
