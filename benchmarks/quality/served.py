@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.alone import EngineAlone
-from benchmarks.quality.figures import contribute
+from benchmarks.quality.figures import ROUTED, SMALL, contribute
 from benchmarks.report import Figure, show
 from experts.bundle import Bundle
 from experts.embedded.family import family
@@ -112,13 +112,21 @@ def figures(
     ]  # fmt: skip
     for kind, found in scores.items():
         row = method_row(f"Twin, {kind}", "", expert_bytes, found, experts)
-        made.append(
-            Figure(
-                f"served: normalised mean, {kind}", row.average, "% of expert", "higher", count, COMMAND,
-                97 if kind == "router" else None, 99.5 if kind == "router" else None,
-                f"standard error {row.average_error:.2f}",
-            )
-        )  # fmt: skip
+        note = (
+            f"as served, {kind}; standard error {row.average_error:.2f}; {expert_bytes / 1e6:.2f} MB an expert, "
+            f"{100 * expert_bytes / full_bytes:.2f} % of the model"
+        )
+        if kind == "router":
+            made.append(ROUTED.figure(row.average, count, COMMAND, note))
+            if expert_bytes <= 0.01 * full_bytes:
+                made.append(SMALL.figure(row.average, count, COMMAND, note))
+        else:
+            made.append(
+                Figure(
+                    "served: normalised mean, oracle gates", row.average, "% of expert", "higher", count, COMMAND,
+                    note=note,
+                )
+            )  # fmt: skip
         for result in row.results:
             made.append(
                 Figure(

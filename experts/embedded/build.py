@@ -35,10 +35,10 @@ class EmbeddedRecipe:
     expert_bytes: int = 1_345_000
     router: Literal["mlp", "gaussian"] = "gaussian"
     router_layer: int = 16
-    guard_rate: float | None = 0.01
+    guard_rate: float | None = 0.001
     max_prompts: int = 200
     top_k: int = 2
-    threshold: float = 0.05
+    threshold: float = 0.2
     seed: int = 0
 
 

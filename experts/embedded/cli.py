@@ -23,7 +23,6 @@ def build_app() -> typer.Typer:
     app.command("build")(build)
     app.command("train")(train)
     app.command("prompts")(prompts)
-    app.command("evaluate")(evaluate)
     return app
 
 
@@ -80,18 +79,3 @@ def prompts(
 
     for lesson in course(family).lessons:
         typer.echo(write_prompts(lesson, target, work / "downloads"))
-
-
-def evaluate(
-    factors: Factors = FACTORS,
-    work: Work = WORK,
-    output: Annotated[Path, typer.Option(help="Folder for methods.json and methods.md.")] = WORK,
-    validation: Annotated[int, typer.Option(help="Validation questions a task, for tuning.")] = 64,
-    test: Annotated[int, typer.Option(help="Test questions a task.")] = 200,
-    rank: Annotated[list[int] | None, typer.Option(help="Ranks of Twin; 16 if left out.")] = None,
-) -> None:
-    """Measure base, experts, static merges and Twin with oracle gates; about half an hour."""
-    from experts.embedded.evaluate import evaluate_family
-
-    table = evaluate_family(factors, work, output, validation, test, tuple(rank or (16,)), typer.echo)
-    typer.echo(table.to_markdown())
