@@ -26,7 +26,7 @@ def test_rows_that_nobody_measured_stand_there_without_a_value(tmp_path: Path) -
 def test_figures_come_from_the_tables(tmp_path: Path) -> None:
     line = {"error": 1.0, "expert_bytes": 100, "right": 0.99, "n": 50, "settings": "rank 8", "raw": {}}
     rows = [
-        {**line, "method": "Twin, router", "normalised": 99.0},
+        {**line, "method": "Twin, oracle", "normalised": 99.0},
         {**line, "method": "averaging", "normalised": 3.0},
         {**line, "method": "ties", "normalised": 5.0},
     ]
@@ -45,7 +45,8 @@ def test_figures_come_from_the_tables(tmp_path: Path) -> None:
     ]
     (tmp_path / "scale.json").write_text(json.dumps(scale))
     found = {figure.name: figure for figure in report.figures(tmp_path)}
-    assert found[ROUTED.name].value == 99.0
+    assert found["tables: Twin, oracle"].value == 99.0
+    assert ROUTED.name not in found  # that is measured as it is served
     assert found[STATIC.name].value == 5.0
     held_out = found["held-out tasks, routed Twin / base"]
     assert (held_out.value, held_out.aim) == (1.01, 1.04)
