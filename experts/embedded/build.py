@@ -31,7 +31,7 @@ class EmbeddedRecipe:
     """
 
     name: str = "embedded"
-    scale: float = 0.2
+    scale: float = 0.05
     expert_bytes: int = 1_345_000
     router: Literal["mlp", "gaussian"] = "gaussian"
     router_layer: int = 16

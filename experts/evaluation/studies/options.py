@@ -29,8 +29,8 @@ class Options:
     validation: int = 16
     seeds: int = 3
     rank: int = 8
-    scale: float = 0.2
-    counts: tuple[int, ...] = (2, 4, 6, 8)
+    scale: float = 0.05
+    counts: tuple[int, ...] = (8, 4, 2, 6)
     prompts: int = 60
     guard: float | None = 0.01
 
