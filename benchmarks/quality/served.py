@@ -34,6 +34,8 @@ from service.core import (
     TextDelta,
 )
 from service.engine.roster import StepResult
+from service.serve import runtime_config
+from service.settings import Settings
 
 COMMAND = "twinserve eval tables && python -m benchmarks.quality.served"
 
@@ -41,8 +43,8 @@ COMMAND = "twinserve eval tables && python -m benchmarks.quality.served"
 class Answers:
     """Asks the engine of a bundle as the server does, all questions of a task in one batch stream."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        alone = EngineAlone.of_bundle(bundle)
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        alone = EngineAlone.of_bundle(bundle, runtime_config(settings).engine)
         self._engine, self._tokenizer = alone.engine, alone.tokenizer.backend_tokenizer
         self.gates: dict[str, float] | None = None
         self.outcomes: list[RoutingOutcome] = []
@@ -73,10 +75,10 @@ class Answers:
 
 
 def served(
-    bundle: Bundle, tasks: Sequence[Task], log: Console
+    bundle: Bundle, tasks: Sequence[Task], settings: Settings, log: Console
 ) -> tuple[dict[str, dict[str, Score]], dict[str, float]]:
     """Scores by kind of gates and task, and the router's accuracy on each task."""
-    answers = Answers(bundle)
+    answers = Answers(bundle, settings)
     accuracy: dict[str, float] = {}
     scores: dict[str, dict[str, Score]] = {"oracle": {}, "router": {}}
     for task in tasks:
@@ -154,12 +156,26 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path(".twinserve/eval/cells.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("build/embedded"))
     parser.add_argument("--items", type=int, default=100)
+    parser.add_argument("--int8", action="store_true", help="only what int8 shared weights make of the mean")
     arguments = parser.parse_args()
     experts = yardstick(Store(arguments.store), arguments.items)
     bundle = Bundle.open(arguments.bundle)
     tokenizer = AutoTokenizer.from_pretrained(bundle.shared_path)
     tasks = family_tasks(family(), tokenizer, arguments.work / "downloads", 1, arguments.items)
-    scores, accuracy = served(bundle, tasks, Console())
+    settings = Settings(shared_weights="int8" if arguments.int8 else "model")
+    scores, accuracy = served(bundle, tasks, settings, Console())
+    if arguments.int8:
+        rows = {kind: method_row(kind, "", 0, found, experts) for kind, found in scores.items()}
+        made = [
+            Figure(
+                f"served: normalised mean, {kind}, int8 shared weights", row.average, "% of expert", "higher",
+                arguments.items, f"{COMMAND} --int8", note=f"standard error {row.average_error:.2f}",
+            )
+            for kind, row in rows.items()
+        ]  # fmt: skip
+        contribute(made, f"{COMMAND} --int8")
+        show("quality on int8 shared weights", made)
+        return
     size = max(entry.summary.nbytes for entry in bundle.manifest.experts.values())
     made = figures(scores, experts, accuracy, size, bundle.shared.nbytes)
     contribute(made, COMMAND)

@@ -70,7 +70,6 @@ class NativeDecoder:
     Args:
         attention: one for each layer.
         pack: reorder base weights for the processor.
-        int8: keep the shared expert's own matrices as int8 with a scale a row; merged weights stay as they are made.
         cache: folder of compiled libraries; None is the user's own.
 
     Attributes:
@@ -87,7 +86,6 @@ class NativeDecoder:
         attention: Sequence[AttentionShape],
         *,
         pack: bool,
-        int8: bool = False,
         cache: Path | None = None,
     ) -> None:
         _check_shapes(parts, attention)
@@ -113,7 +111,16 @@ class NativeDecoder:
                 scales, part.epsilon, shape.scale, shape.group, shape.window or 0, part.rope
             )
         own = parts.modules
-        self.install(SHARED_BASE, self.prepare(lambda name: own[name].weight, int8=int8))
+        self.install(SHARED_BASE, self.prepare(lambda name: own[name].weight))
+
+    def quantise(self) -> None:
+        """Keep the shared expert's own matrices as int8 with a scale a row from now on; merged weights stay as made.
+
+        Raises:
+            UnrecognisedError: a weight is not finite.
+        """
+        own = self.parts.modules
+        self.install(SHARED_BASE, self.prepare(lambda name: own[name].weight, int8=True))
 
     def prepare(self, weight_of: WeightOf, *, int8: bool = False) -> "PreparedBase":
         """The tensors of a weight set, on any thread.
