@@ -37,10 +37,8 @@ from experts.embedded.family import factors_folder, family
 from experts.embedded.skills.skill import Skill
 from experts.embedded.tasks import family_tasks
 from experts.evaluation.generation import plain_generator
-from experts.evaluation.methods import expert_alone
 from experts.evaluation.scoring import score, summarise
-from experts.evaluation.suite import scores_of
-from experts.evaluation.task import Question, Task
+from experts.evaluation.task import Question, Task, measure
 from experts.evaluation.weights import PatchedModel
 from experts.routing import (
     FeatureSpec,
@@ -358,13 +356,17 @@ def experts_alone(tasks: Sequence[Task], work: Path, log: Console) -> dict[Part,
     folder = ensure_base(work / "base")
     base, model = Checkpoint.open(folder), load_model(folder)
     tunes = {task.name: open_fine_tune(task.name, factors_folder(task.name), base) for task in tasks}
-    candidate, patched = expert_alone(base, tunes), PatchedModel(model)
+    patched = PatchedModel(model)
     generate = plain_generator(model, load_tokenizer(folder), BATCH)
-    parts: tuple[Part, ...] = ("validation", "test")
-    alone = {part: scores_of(candidate, tasks, patched, generate, part, log.print) for part in parts}
-    if any(found.mean == 0 for scores in alone.values() for found in scores.values()):
+    alone: dict[Part, dict[str, float]] = {"validation": {}, "test": {}}
+    for task in tasks:
+        patched.apply((name, tunes[task.name].delta(name)) for name in base.names)
+        for part, scores in alone.items():
+            scores[task.name] = measure(generate, task, getattr(task, part)).mean
+            log.print(f"expert alone, {part}: {task.name} {scores[task.name]:.3f}")
+    if any(mean == 0 for scores in alone.values() for mean in scores.values()):
         raise SystemExit("an expert scores 0, so nothing can be normalised by it; ask for more questions")
-    return {part: {name: found.mean for name, found in scores.items()} for part, scores in alone.items()}
+    return alone
 
 
 def markdown(reads: Sequence[Read], rows: Sequence[Row], command: str) -> str:

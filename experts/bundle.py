@@ -19,7 +19,7 @@ from pathlib import Path
 from experts.bundle_change import changing
 from experts.bundle_delta import BaseDelta
 from experts.bundle_expert import ExpertWeights, check_expert, read_expert, summarise, write_expert
-from experts.bundle_files import next_generation, verify_files
+from experts.bundle_files import next_generation, open_shared, read_router, verify_files
 from experts.bundle_loader import ExpertLoader
 from experts.bundle_manifest import (
     BASE_DELTA_NAME,
@@ -39,13 +39,11 @@ from experts.checkpoint import Checkpoint
 from experts.compression import CompressedExpert, CompressionSpec
 from experts.errors import (
     BundleError,
-    CheckpointError,
     CorruptBundleError,
     GenerationConflictError,
-    RoutingError,
     UnknownExpertError,
 )
-from experts.routing import Router, load_router
+from experts.routing import Router
 
 __all__ = ["FORMAT_VERSION", "Bundle", "ExpertLoader", "ExpertWeights", "Manifest", "check_name"]
 
@@ -97,10 +95,7 @@ class Bundle:
         Raises:
             CorruptBundleError: it is not a readable checkpoint.
         """
-        try:
-            return Checkpoint.open(self.shared_path)
-        except CheckpointError as error:
-            raise CorruptBundleError(f"{self.shared_path}: {error}") from error
+        return open_shared(self.shared_path)
 
     @cached_property
     def base_delta(self) -> BaseDelta:
@@ -148,10 +143,7 @@ class Bundle:
         generation = self.manifest.router.generation
         if not generation:
             return None
-        try:
-            return load_router(self.path / router_folder(generation))
-        except RoutingError as error:
-            raise CorruptBundleError(str(error)) from error
+        return read_router(self.path / router_folder(generation))
 
     def publish_expert(
         self,

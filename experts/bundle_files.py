@@ -10,13 +10,39 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from experts.bundle_manifest import SHARED_NAME, FileEntry
-from experts.errors import BundleError, CorruptBundleError
+from experts.checkpoint import Checkpoint
+from experts.errors import BundleError, CheckpointError, CorruptBundleError, RoutingError
+from experts.routing import Router, load_router
 
 
 def digest(path: Path) -> FileEntry:
     """sha256 and size of one file."""
     with path.open("rb") as file:
         return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), nbytes=path.stat().st_size)
+
+
+def open_shared(path: Path) -> Checkpoint:
+    """The shared model's tensors, lazily.
+
+    Raises:
+        CorruptBundleError: it is not a readable checkpoint.
+    """
+    try:
+        return Checkpoint.open(path)
+    except CheckpointError as error:
+        raise CorruptBundleError(f"{path}: {error}") from error
+
+
+def read_router(folder: Path) -> Router:
+    """The router of a bundle.
+
+    Raises:
+        CorruptBundleError: its files cannot be read.
+    """
+    try:
+        return load_router(folder)
+    except RoutingError as error:
+        raise CorruptBundleError(str(error)) from error
 
 
 def list_files(root: Path) -> tuple[str, ...]:

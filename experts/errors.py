@@ -6,6 +6,7 @@
     ├── MergeError             a merge was asked for with impossible hyper-parameters or inputs
     ├── CompressionError       a tensor cannot be factored: NaN, Inf, impossible rank or budget
     ├── RoutingError           a router cannot be trained, loaded or asked
+    ├── EvaluationError        an evaluation cannot be run or read: overlapping data, a missing expert, a broken store
     └── BundleError            a bundle breaks its contract
         ├── CorruptBundleError   a digest, shape or dtype differs from the manifest
         ├── UnknownExpertError   the bundle has no expert of that name
@@ -38,6 +39,10 @@ class CompressionError(ExpertsError):
 
 class RoutingError(ExpertsError):
     """A router that cannot be trained, loaded or asked."""
+
+
+class EvaluationError(ExpertsError):
+    """An evaluation that cannot be run or read: its data overlap, an expert is missing, a store is broken."""
 
 
 class BundleError(ExpertsError):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from experts.bundle_expert import ExpertWeights, check_expert, read_expert
-from experts.bundle_files import verify_files
+from experts.bundle_files import open_shared, read_router, verify_files
 from experts.bundle_manifest import SHARED_NAME
 from experts.checkpoint import Checkpoint
 from experts.classification.families import Family, check_head, family_of
@@ -35,8 +35,8 @@ from experts.classification.manifest import (
     expert_folder,
     read_manifest,
 )
-from experts.errors import CheckpointError, CorruptBundleError, RoutingError, UnknownExpertError
-from experts.routing import Router, load_router
+from experts.errors import CheckpointError, CorruptBundleError, UnknownExpertError
+from experts.routing import Router
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,7 @@ class ClassifierBundle:
         Raises:
             CorruptBundleError: it is not a readable checkpoint.
         """
-        try:
-            return Checkpoint.open(self.shared_path)
-        except CheckpointError as error:
-            raise CorruptBundleError(f"{self.shared_path}: {error}") from error
+        return open_shared(self.shared_path)
 
     @property
     def family(self) -> Family:
@@ -132,10 +129,7 @@ class ClassifierBundle:
         """
         if not self.manifest.router.generation:
             return None
-        try:
-            return load_router(self.path / ROUTER_FOLDER)
-        except RoutingError as error:
-            raise CorruptBundleError(str(error)) from error
+        return read_router(self.path / ROUTER_FOLDER)
 
     def _check_head(self, name: str) -> None:
         path = self.path / expert_folder(name) / HEAD_FILE

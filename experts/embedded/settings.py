@@ -13,7 +13,7 @@ from experts.embedded.chat import chat_text
 from experts.embedded.extended import extended_family, held_out_tasks
 from experts.embedded.family import factors_folder, family
 from experts.embedded.skills.skill import Example, Skill
-from experts.evaluation.errors import EvaluationError
+from experts.errors import EvaluationError
 from experts.evaluation.setting import RouterTexts, Setting, check_setting, require_disjoint
 from experts.evaluation.task import Question, Task
 

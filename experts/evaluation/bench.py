@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from experts.checkpoint import Checkpoint, FineTune, open_fine_tune
+from experts.errors import EvaluationError
 from experts.evaluation.changes import Weights, both
-from experts.evaluation.errors import EvaluationError
 from experts.evaluation.features import prefixed_features
 from experts.evaluation.gated import GatedModel
 from experts.evaluation.greedy import Ask, Greedy

@@ -47,7 +47,7 @@ def evaluate(
     from experts.cli import reported_errors
 
     with reported_errors():
-        from experts.evaluation.errors import EvaluationError
+        from experts.errors import EvaluationError
         from experts.evaluation.studies.options import Options
 
         unknown = [name for name in studies if name not in (*STUDIES, "report")]
@@ -77,7 +77,7 @@ def _measure(
 ) -> None:
     """Run what is missing of one study, with progress on standard error."""
     from experts.embedded.settings import embedded_settings
-    from experts.evaluation.errors import EvaluationError
+    from experts.errors import EvaluationError
     from experts.evaluation.runner import run_stages
     from experts.evaluation.store import Store
     from experts.evaluation.studies import scale, sizes, tables

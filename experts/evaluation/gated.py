@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experts.evaluation.errors import EvaluationError
+from experts.errors import EvaluationError
 from experts.factors import SvdFactors
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from experts.errors import EvaluationError
 from experts.evaluation.bench import Answered, Batch
-from experts.evaluation.errors import EvaluationError
 from experts.evaluation.setting import Setting
 from experts.evaluation.store import Cell, Parameters
 from experts.evaluation.systems import Adapter, Alone, Base, System

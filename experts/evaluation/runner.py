@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experts.errors import EvaluationError
 from experts.evaluation.bench import Bench
-from experts.evaluation.errors import EvaluationError
 from experts.evaluation.jobs import Job, run_job
 from experts.evaluation.setting import Setting
 from experts.evaluation.store import Cell, Store, key_of

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experts.evaluation.errors import EvaluationError
+from experts.errors import EvaluationError
 from experts.evaluation.task import Question, Task
 
 

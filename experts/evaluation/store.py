@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experts.evaluation.errors import EvaluationError
+from experts.errors import EvaluationError
 from experts.evaluation.scoring import Score, summarise
 
 Parameters = Mapping[str, Any]

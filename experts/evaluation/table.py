@@ -1,8 +1,6 @@
-"""The results table: methods × tasks, raw and normalised, as JSON and as markdown."""
+"""A method on all tasks, raw and normalised by each task's own expert."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from experts.evaluation.scoring import Score
 
@@ -39,39 +37,6 @@ class MethodRow:
         return float(total**0.5) / len(self.results)
 
 
-@dataclass(frozen=True)
-class Table:
-    """All methods measured in one run."""
-
-    tasks: tuple[str, ...]
-    rows: tuple[MethodRow, ...]
-
-    def to_json(self) -> str:
-        """Every figure, indented, ending in a newline."""
-        rows = [
-            {**asdict(row), "average": row.average, "average_error": row.average_error} for row in self.rows
-        ]
-        return json.dumps({"tasks": self.tasks, "rows": rows}, indent=1) + "\n"
-
-    def to_markdown(self) -> str:
-        """Two tables: normalised averages a method, then raw scores (in %) with standard errors."""
-        lines = ["| method | normalised | MB an expert | note |", "|---|---|---|---|"]
-        for row in self.rows:
-            megabytes = row.expert_bytes / 1e6
-            lines.append(
-                f"| {row.method} | {row.average:.1f} ± {row.average_error:.1f} "
-                f"| {megabytes:.2f} | {row.note} |"
-            )
-        lines += ["", "| raw % | " + " | ".join(self.tasks) + " |", "|---" * (len(self.tasks) + 1) + "|"]
-        for row in self.rows:
-            cells = {
-                result.task: f"{100 * result.score.mean:.1f} ± {100 * result.score.standard_error:.1f}"
-                for result in row.results
-            }
-            lines.append(f"| {row.method} | " + " | ".join(cells.get(t, "") for t in self.tasks) + " |")
-        return "\n".join(lines) + "\n"
-
-
 def method_row(
     method: str,
     note: str,
@@ -98,8 +63,3 @@ def method_row(
             )
         )
     return MethodRow(method=method, note=note, expert_bytes=expert_bytes, results=tuple(results))
-
-
-def tasks_of(rows: Sequence[MethodRow]) -> tuple[str, ...]:
-    """Task names in order of first appearance."""
-    return tuple(dict.fromkeys(result.task for row in rows for result in row.results))

@@ -29,6 +29,17 @@ def check_features(training: Mapping[str, Tensor], validation: Mapping[str, Tens
         raise RoutingError(f"features have different widths {sorted(widths)}; use one FeatureSpec for all")
 
 
+def checked_rows(features: Tensor, width: int) -> Tensor:
+    """What a router is asked about, (n, width), as float32 on the CPU.
+
+    Raises:
+        RoutingError: another shape.
+    """
+    if features.dim() != 2 or features.shape[1] != width:
+        raise RoutingError(f"features have shape {tuple(features.shape)}; this router reads (n, {width})")
+    return features.to(device="cpu", dtype=torch.float32)
+
+
 def stack(features: Mapping[str, Tensor], names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """(n, d) float32 and (n,) int64 over all experts in the order of `names`."""
     stacked = torch.cat([features[name].to(torch.float32) for name in names])

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from experts.errors import RoutingError
-from experts.routing.examples import check_features, sample, stack
+from experts.routing.examples import check_features, checked_rows, sample, stack
 from experts.routing.features import FeatureSpec
-from experts.routing.guard import Guard, GuardConfig
+from experts.routing.guard import Guard, GuardConfig, abstained, fitted_guard
 from experts.routing.router import WEIGHTS_NAME
 from experts.routing.statistics import ClassStatistics
 from experts.routing.storage import misfit, read_config, read_tensors, write_router
@@ -109,11 +109,7 @@ class GaussianRouter:
         """
         check_features(training, validation)
         statistics = ClassStatistics.fit(training, prototypes=prototypes, rank=rank)
-        guard = (
-            None
-            if guard_rate is None
-            else Guard.fit(training, validation, states=spec.size(1), rate=guard_rate)
-        )
+        guard = fitted_guard(training, validation, spec, guard_rate)
         kept = {name: sample(validation[name], KEPT) for name in statistics.names}
         record = PrototypeRecord(
             train_features=sum(rows.shape[0] for rows in training.values()),
@@ -138,9 +134,7 @@ class GaussianRouter:
     @torch.inference_mode()
     def abstains(self, features: Tensor) -> Tensor:
         """See `Abstaining.abstains`."""
-        if self.guard is None:
-            return torch.zeros(features.shape[0], dtype=torch.bool)
-        return self.guard.abstains(features)
+        return abstained(self.guard, features)
 
     def without(self, name: str) -> "GaussianRouter | None":
         """See `Router.without`; the covariance and the temperature stay."""
@@ -239,9 +233,7 @@ class GaussianRouter:
     def _logits(self, features: Tensor) -> Tensor:
         """(n, d) → (n, experts): half the negative squared distance to the nearest prototype of each."""
         width = self.statistics.width
-        if features.dim() != 2 or features.shape[1] != width:
-            raise RoutingError(f"features have shape {tuple(features.shape)}; this router reads (n, {width})")
-        distances = self.statistics.distances(features.to(device="cpu", dtype=torch.float32))
+        distances = self.statistics.distances(checked_rows(features, width))
         return -self.statistics.by_class(distances) * (width / 2)
 
     def _calibrated(self, held_out: Mapping[str, Tensor]) -> "GaussianRouter":

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from experts.errors import RoutingError
+from experts.routing.features import FeatureSpec
 from experts.routing.statistics import ClassStatistics
 
 PROTOTYPES = 2
@@ -176,6 +177,18 @@ class Guard:
     def _logs(self, features: Tensor) -> Tensor:
         """(n, d) → (n, prototypes): log distances."""
         return self.statistics.distances(level(features, self.states)).clamp(min=1e-9).log()
+
+
+def fitted_guard(
+    training: Mapping[str, Tensor], validation: Mapping[str, Tensor], spec: FeatureSpec, rate: float | None
+) -> Guard | None:
+    """A guard of features by `spec` at a rate; None for none. Raises as `Guard.fit`."""
+    return None if rate is None else Guard.fit(training, validation, states=spec.size(1), rate=rate)
+
+
+def abstained(guard: Guard | None, features: Tensor) -> Tensor:
+    """(n, d) → (n,) bool; without a guard nothing is left to the shared expert."""
+    return torch.zeros(features.shape[0], dtype=torch.bool) if guard is None else guard.abstains(features)
 
 
 def level(features: Tensor, states: int) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from experts.errors import RoutingError
-from experts.routing.examples import check_features, confusion, sample, stack
+from experts.routing.examples import check_features, checked_rows, confusion, sample, stack
 from experts.routing.features import FeatureSpec
-from experts.routing.guard import Guard, GuardConfig
+from experts.routing.guard import Guard, GuardConfig, abstained, fitted_guard
 from experts.routing.router import CONFIG_NAME, WEIGHTS_NAME
 from experts.routing.storage import misfit, read_config, read_tensors, write_router
 from experts.routing.training import Layers, calibrate, forward, train
@@ -164,11 +164,7 @@ class MlpRouter:
             )
             for name in names
         }
-        guard = (
-            None
-            if guard_rate is None
-            else Guard.fit(training, validation, states=spec.size(1), rate=guard_rate)
-        )
+        guard = fitted_guard(training, validation, spec, guard_rate)
         return cls(
             names, spec, 0, top_k, threshold, temperature, mean, std, fitted.layers, profiles, record, guard
         )
@@ -176,19 +172,13 @@ class MlpRouter:
     @torch.inference_mode()
     def probabilities(self, features: Tensor) -> Tensor:
         """See `Router.probabilities`."""
-        if features.dim() != 2 or features.shape[1] != self.mean.shape[0]:
-            raise RoutingError(
-                f"features have shape {tuple(features.shape)}; this router reads (n, {self.mean.shape[0]})"
-            )
-        scaled = (features.to(device="cpu", dtype=torch.float32) - self.mean) / self.std
+        scaled = (checked_rows(features, self.mean.shape[0]) - self.mean) / self.std
         return torch.softmax(forward(self.layers, scaled) / self.temperature, dim=1)
 
     @torch.inference_mode()
     def abstains(self, features: Tensor) -> Tensor:
         """See `Abstaining.abstains`."""
-        if self.guard is None:
-            return torch.zeros(features.shape[0], dtype=torch.bool)
-        return self.guard.abstains(features)
+        return abstained(self.guard, features)
 
     def without(self, name: str) -> "MlpRouter | None":
         """See `Router.without`: the softmax over the remaining classes, no refit."""

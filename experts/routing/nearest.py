@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from experts.errors import RoutingError
-from experts.routing.examples import check_features, sample, stack
+from experts.routing.examples import check_features, checked_rows, sample, stack
 from experts.routing.features import FeatureSpec
-from experts.routing.guard import Guard, GuardConfig
+from experts.routing.guard import Guard, GuardConfig, abstained, fitted_guard
 from experts.routing.router import WEIGHTS_NAME
 from experts.routing.statistics import split
 from experts.routing.storage import misfit, read_config, read_tensors, write_router
@@ -98,11 +98,7 @@ class NearestRouter:
         mean, std = rows.mean(0), rows.std(0, correction=0).clamp(min=1e-6)
         found = {name: _prototypes((training[name].float() - mean) / std, prototypes) for name in names}
         kept = {name: sample(validation[name], KEPT) for name in names}
-        guard = (
-            None
-            if guard_rate is None
-            else Guard.fit(training, validation, states=spec.size(1), rate=guard_rate)
-        )
+        guard = fitted_guard(training, validation, spec, guard_rate)
         owners = tuple(name for name in names for _ in found[name])
         router = cls(
             owners,
@@ -134,9 +130,7 @@ class NearestRouter:
     @torch.inference_mode()
     def abstains(self, features: Tensor) -> Tensor:
         """See `Abstaining.abstains`."""
-        if self.guard is None:
-            return torch.zeros(features.shape[0], dtype=torch.bool)
-        return self.guard.abstains(features)
+        return abstained(self.guard, features)
 
     def without(self, name: str) -> "NearestRouter | None":
         """See `Router.without`."""
@@ -156,9 +150,9 @@ class NearestRouter:
     def refitted(self, name: str, training: Tensor, validation: Tensor, seed: int = 0) -> "NearestRouter":
         """See `Router.refitted`: the expert's centroids are added; nothing is random."""
         check_features({name: training}, {name: validation})
-        self._check_width(training)
         rows = [i for i, owner in enumerate(self.owners) if owner != name]
-        found = _prototypes((training.float() - self.mean) / self.std, PROTOTYPES)
+        scaled = (checked_rows(training, self.mean.shape[0]) - self.mean) / self.std
+        found = _prototypes(scaled, PROTOTYPES)
         owners = [*(self.owners[i] for i in rows), *(name for _ in found)]
         order = sorted(range(len(owners)), key=lambda i: owners[i])
         kept = {**self.kept, name: sample(validation, KEPT)}
@@ -235,16 +229,9 @@ class NearestRouter:
             guard,
         )
 
-    def _check_width(self, features: Tensor) -> None:
-        if features.dim() != 2 or features.shape[1] != self.mean.shape[0]:
-            raise RoutingError(
-                f"features have shape {tuple(features.shape)}; this router reads (n, {self.mean.shape[0]})"
-            )
-
     def _logits(self, features: Tensor) -> Tensor:
         """(n, d) → (n, experts): cosine to the closest prototype of each, × a constant."""
-        self._check_width(features)
-        scaled = (features.to(device="cpu", dtype=torch.float32) - self.mean) / self.std
+        scaled = (checked_rows(features, self.mean.shape[0]) - self.mean) / self.std
         cosines = functional.normalize(scaled, dim=1) @ self.prototypes.T
         columns = [[i for i, owner in enumerate(self.owners) if owner == name] for name in self.names]
         return _SHARPNESS * torch.stack([cosines[:, own].amax(1) for own in columns], dim=1)

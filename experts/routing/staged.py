@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import save_file
 from torch import Tensor
 
 from experts.errors import RoutingError
@@ -23,6 +22,7 @@ from experts.routing.features import FeatureSpec, narrowed
 from experts.routing.mlp import MlpRouter
 from experts.routing.nested import pack, unpack
 from experts.routing.router import CONFIG_NAME, WEIGHTS_NAME, Abstaining, Router
+from experts.routing.storage import read_config, read_tensors
 
 KEPT = 50
 """Validation features kept for each expert, by which the certainty is set anew when experts come and go."""
@@ -243,16 +243,8 @@ class StagedRouter:
         Raises:
             RoutingError: a file is missing or malformed, or a stage's kind cannot be read.
         """
-        path = folder / CONFIG_NAME
-        try:
-            config = _Config.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise RoutingError(f"{path}: not a router description ({error}); restore the file") from error
+        config, tensors = read_config(folder, _Config), read_tensors(folder)
         path = folder / WEIGHTS_NAME
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise RoutingError(f"{path}: not readable ({error}); restore the file") from error
         try:
             coarse, fine = (
                 unpack(own, {name[len(stage) :]: tensors[name] for name in tensors if name.startswith(stage)})

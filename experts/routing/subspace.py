@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experts.errors import RoutingError
 from experts.routing.energies import Score, energies, standardised
-from experts.routing.examples import check_features
+from experts.routing.examples import check_features, checked_rows
 from experts.routing.features import FeatureSpec, narrowed
 from experts.routing.gaussian import GaussianRouter
 from experts.routing.guard import level
@@ -145,14 +145,14 @@ class SubspaceRouter:
 
     def scores(self, features: Tensor) -> Tensor:
         """(n, d) → (n, free): standardised responses."""
-        rows = self._checked(features)
+        rows = checked_rows(features, self.background.shape[1])
         form = torch.cdist(level(rows, self.spec.size(1)), self.centres).argmin(1)
         return standardised(energies(rows, self.rows, self.score), self.mean[form], self.std[form])
 
     @torch.inference_mode()
     def probabilities(self, features: Tensor) -> Tensor:
         """See `Router.probabilities`; a row that `known` does not abstain from is as `known` says."""
-        rows = self._checked(features)
+        rows = checked_rows(features, self.background.shape[1])
         names = self.names
         found = torch.zeros(rows.shape[0], len(names))
         claimed = torch.zeros(rows.shape[0], dtype=torch.bool)
@@ -173,7 +173,7 @@ class SubspaceRouter:
     @torch.inference_mode()
     def abstains(self, features: Tensor) -> Tensor:
         """See `Abstaining.abstains`: neither `known` takes it nor a free expert responds enough."""
-        rows = self._checked(features)
+        rows = checked_rows(features, self.background.shape[1])
         free = torch.zeros(rows.shape[0], dtype=torch.bool)
         if self.free:
             free = self.scores(rows).max(1).values > self.claim
@@ -196,7 +196,7 @@ class SubspaceRouter:
     def refitted(self, name: str, training: Tensor, validation: Tensor, seed: int) -> "SubspaceRouter":
         """See `Router.refitted`: the expert is known by its prompts from now on."""
         check_features({name: training}, {name: validation})
-        self._checked(training)
+        checked_rows(training, self.background.shape[1])
         if self.known is None:
             known: Router = GaussianRouter.fit(
                 {name: training}, {name: validation}, self.spec, guard_rate=GUARD_RATE
@@ -300,13 +300,6 @@ class SubspaceRouter:
         if self.known is None or not isinstance(self.known, Abstaining):
             return torch.zeros(rows.shape[0], dtype=torch.bool)
         return ~self.known.abstains(narrowed(rows, self.spec, self.known.spec))
-
-    def _checked(self, features: Tensor) -> Tensor:
-        if features.dim() != 2 or features.shape[1] != self.background.shape[1]:
-            raise RoutingError(
-                f"features have shape {tuple(features.shape)}; this router reads (n, {self.background.shape[1]})"
-            )
-        return features.to(device="cpu", dtype=torch.float32)
 
     def _check(self) -> None:
         """Raise unless rows, background and spec fit."""

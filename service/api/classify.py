@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.errors import ROUTING
 from service.api.generation import while_connected
+from service.api.plan import check_weight
 from service.api.wire.answers import RoutingAnswer
 from service.api.wire.classify import ClassifyAnswer, ClassifyBody, ClassifyChoice
 from service.classify import Classified, Classifier, Text
@@ -96,10 +97,7 @@ def _check_gates(gates: Mapping[str, float], classifier: Classifier, max_gate: f
         param = f"gates.{name[:64]}"
         if name not in classifier.labels:
             raise UnknownExpertError(f"The classifier has no expert {name[:64]!r}.", param=param)
-        if abs(weight) > max_gate:
-            raise LimitExceededError(
-                f"{param} is {weight:g}; weights are limited to ±{max_gate:g} (max_gate).", param=param
-            )
+        check_weight(param, weight, max_gate)
     if not any(weight > 0 for weight in gates.values()):
         raise InvalidRequestError(
             "'gates' needs a positive weight: the label set is that of the largest one.", param="gates"

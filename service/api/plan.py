@@ -160,10 +160,15 @@ def _check_gates(gates: dict[str, float], experts: set[str], max_gate: float) ->
         param = f"gates.{name[:64]}"
         if name not in experts:
             raise UnknownExpertError(f"The expert {name[:64]!r} is not registered.", param=param)
-        if abs(weight) > max_gate:
-            raise LimitExceededError(
-                f"{param} is {weight:g}; weights are limited to ±{max_gate:g} (max_gate).", param=param
-            )
+        check_weight(param, weight, max_gate)
+
+
+def check_weight(param: str, weight: float, max_gate: float) -> None:
+    """Raise LimitExceededError for a gate beyond the operator's bound."""
+    if abs(weight) > max_gate:
+        raise LimitExceededError(
+            f"{param} is {weight:g}; weights are limited to ±{max_gate:g} (max_gate).", param=param
+        )
 
 
 def check(

@@ -19,7 +19,7 @@ from torch import Tensor
 from experts.errors import RoutingError
 from experts.routing import SHARED_ARM, Bandit, BanditSpec, ContextMap, Decision, Router
 from service.core import RoutingOutcome
-from service.errors import InvalidRequestError
+from service.errors import AlreadyRatedError, InvalidRequestError, RequestNotFoundError
 from service.feedback.memory import Memory, Routed
 from service.feedback.snapshots import Snapshots
 
@@ -182,10 +182,11 @@ class Feedback:
         """
         try:
             routed = self._memory.find(request_id, client, time.monotonic())
-        except Exception as error:
-            if self._stats is not None:
-                repeated = getattr(error, "code", "") == "already_rated"
-                self._stats.on_feedback("repeated" if repeated else "unknown", reward)
+        except AlreadyRatedError:
+            self._count("repeated", reward)
+            raise
+        except RequestNotFoundError:
+            self._count("unknown", reward)
             raise
         before, decision = self._bandit, routed.decision
         if self.frozen:

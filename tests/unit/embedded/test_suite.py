@@ -1,18 +1,14 @@
-"""Promises of the comparison: pristine weights, tuning on validation alone, answers in question order."""
+"""Promises of measuring: pristine weights, answers in question order."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from experts.evaluation.generation import plain_generator
-from experts.evaluation.methods import Candidate, added, cut, product
-from experts.evaluation.scoring import Score
-from experts.evaluation.suite import tune
 from experts.evaluation.task import Question, Task, measure
 from experts.evaluation.weights import PatchedModel
-from experts.factors import LowRank, dense
+from experts.factors import LowRank
 
 
 def test_a_patched_model_comes_back_bit_by_bit() -> None:
@@ -33,34 +29,6 @@ def test_each_application_starts_from_the_pristine_weights() -> None:
     once = model.weight.detach().clone()
     patched.apply([("weight", torch.ones(4, 6))])
     assert torch.equal(model.weight, once)
-
-
-def test_cutting_at_full_rank_gives_the_change_back() -> None:
-    change = LowRank(torch.randn(8, 2), torch.randn(2, 6))
-    kept = product(cut(change, 4))
-    assert kept is not None
-    torch.testing.assert_close(kept.dense(), change.dense(), rtol=0.05, atol=0.05)
-    total = added(change, kept)
-    assert total is not None
-    torch.testing.assert_close(dense(total), change.dense() + kept.dense())
-
-
-def test_tuning_reads_validation_and_never_test() -> None:
-    model = torch.nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        model.weight.zero_()
-    task = Task("t", "exact", 4, (Question("v", "0.5"),), (Question("forbidden", "0.2"),))
-
-    def generate(texts: Sequence[str], limit: int) -> list[str]:
-        assert "forbidden" not in texts
-        return [f"{model.weight.item():.1f}"] * len(texts)
-
-    def candidate(scale: float) -> Candidate:
-        return Candidate("merge", f"{scale}", True, 0, lambda _: [("weight", torch.full((1, 1), scale))])
-
-    options = [candidate(scale) for scale in (0.2, 0.5, 1.0)]
-    best = tune(options, [task], {"t": Score(1.0, 0.0, 1)}, PatchedModel(model), generate, lambda line: None)
-    assert best is options[1]
 
 
 class Letters:

@@ -1,11 +1,9 @@
-"""Promises of the results table."""
-
-import json
+"""Promises of normalised rows."""
 
 import pytest
 
 from experts.evaluation.scoring import Score
-from experts.evaluation.table import Table, method_row, tasks_of
+from experts.evaluation.table import method_row
 
 
 def test_scores_are_normalised_by_the_tasks_own_expert() -> None:
@@ -19,12 +17,3 @@ def test_scores_are_normalised_by_the_tasks_own_expert() -> None:
 def test_an_expert_that_scores_nothing_cannot_be_a_yardstick() -> None:
     with pytest.raises(ValueError, match="'a'"):
         method_row("merge", "", 0, {"a": Score(0.1, 0, 9)}, {"a": Score(0.0, 0, 9)})
-
-
-def test_json_and_markdown_carry_the_same_rows() -> None:
-    experts = {"a": Score(0.8, 0.02, 200)}
-    rows = (method_row("expert alone", "yardstick", 2_440_000, experts, experts),)
-    table = Table(tasks=tasks_of(rows), rows=rows)
-    assert json.loads(table.to_json())["rows"][0]["average"] == 100.0
-    assert "| expert alone | 100.0 ± 2.5 | 2.44 | yardstick |" in table.to_markdown()
-    assert "| expert alone | 80.0 ± 2.0 |" in table.to_markdown()

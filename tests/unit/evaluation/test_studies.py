@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from experts.checkpoint import Checkpoint, open_fine_tune
+from experts.errors import EvaluationError
 from experts.evaluation.changes import Weights
-from experts.evaluation.errors import EvaluationError
 from experts.evaluation.jobs import Job
 from experts.evaluation.runner import Unit, run_stages
 from experts.evaluation.setting import Setting, check_setting, require_disjoint
