@@ -71,9 +71,13 @@ class SvdFactors:
         """True stored bytes of the three tensors."""
         return self.U.nbytes + self.S.nbytes + self.Vh.nbytes
 
+    def low_rank(self) -> LowRank:
+        """The same product in two factors, float32."""
+        return LowRank(self.U.to(torch.float32) * self.S, self.Vh.to(torch.float32))
+
     def dense(self) -> Tensor:
         """(rows, columns) in float32."""
-        return (self.U.to(torch.float32) * self.S) @ self.Vh.to(torch.float32)
+        return self.low_rank().dense()
 
 
 Delta = LowRank | Tensor
@@ -83,3 +87,12 @@ Delta = LowRank | Tensor
 def dense(delta: Delta) -> Tensor:
     """The difference as a dense tensor."""
     return delta.dense() if isinstance(delta, LowRank) else delta
+
+
+def added(one: Delta | None, other: Delta | None) -> Delta | None:
+    """The sum of two differences of one tensor, None being none; low-rank where both are."""
+    if one is None or other is None:
+        return other if one is None else one
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return LowRank(torch.cat([one.up, other.up], dim=1), torch.cat([one.down, other.down], dim=0))
+    return dense(one) + dense(other)

@@ -12,7 +12,7 @@ from experts.compression.kinds import tensor_kind
 from experts.compression.precision import ladder, widths
 from experts.compression.spec import Allocation, Codec, CompressionSpec
 from experts.compression.svd import frobenius
-from experts.factors import Delta, LowRank, SvdFactors, dense
+from experts.factors import Delta, dense
 
 FRACTIONS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Bytes of an expert over those of a full model."""
@@ -98,11 +98,6 @@ class _LinearOnly:
         return min((ladder(shape, widths(codec))[0].nbytes for shape in self._shapes), default=0)
 
 
-def product(factors: SvdFactors) -> LowRank:
-    """Factors as a difference, float32."""
-    return LowRank(factors.U.float() * factors.S, factors.Vh.float())
-
-
 def _factored(
     form: Form,
     fraction: float | None,
@@ -113,7 +108,7 @@ def _factored(
     if spec.budget_bytes is not None and spec.budget_bytes < linear.least(spec.dtype):
         return None
     kept = compress(linear, spec, statistics=statistics)
-    changes = {name: product(factors) for name, factors in kept.factors.items()}
+    changes = {name: factors.low_rank() for name, factors in kept.factors.items()}
     return CodecPoint(form, fraction, changes, kept.nbytes, kept.report.relative_error)
 
 

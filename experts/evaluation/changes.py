@@ -8,7 +8,7 @@ from experts.checkpoint import Checkpoint, FineTune
 from experts.compression import CompressionSpec, compress, exclusive_delta
 from experts.compression.curve import CodecPoint, codec_points
 from experts.evaluation.systems import Coded, NoShared, OneExpert
-from experts.factors import Delta, LowRank, SvdFactors
+from experts.factors import Delta, LowRank, SvdFactors, added
 from experts.merging import MergeCache, MergeMethod, merge
 
 Change = Mapping[str, Delta | None]
@@ -83,7 +83,7 @@ class Weights:
                 made = Exclusive({}, dict(deltas), 0, 0.0)
             else:
                 kept = compress(deltas, spec)
-                change: Change = {**{p: _product(f) for p, f in kept.factors.items()}, **kept.exact}
+                change: Change = {**{p: f.low_rank() for p, f in kept.factors.items()}, **kept.exact}
                 made = Exclusive(kept.factors, change, kept.nbytes, time.process_time() - started)
             self._exclusive[name] = made
         return self._exclusive[name]
@@ -119,17 +119,10 @@ class Weights:
 def both(first: Change, second: Change) -> Iterator[tuple[str, Delta | None]]:
     """The sum of two changes; low-rank stays low-rank where both are."""
     for name in dict.fromkeys([*first, *second]):
-        # v − (−w) = v + w
-        other = second.get(name)
-        negative = None if other is None else _scaled(other, -1.0)
-        yield name, exclusive_delta(first.get(name), negative)
+        yield name, added(first.get(name), second.get(name))
 
 
 def _scaled(delta: Delta | None, scale: float) -> Delta | None:
     if delta is None:
         return None
     return delta.scaled(scale) if isinstance(delta, LowRank) else delta * scale
-
-
-def _product(factors: SvdFactors) -> LowRank:
-    return LowRank(factors.U.float() * factors.S, factors.Vh.float())

@@ -13,7 +13,7 @@ from torch import Tensor
 from experts.bundle_delta import BaseDelta
 from experts.checkpoint import Checkpoint, FineTune
 from experts.errors import RoutingError
-from experts.factors import Delta, LowRank, SvdFactors
+from experts.factors import Delta, LowRank, SvdFactors, added
 
 RANK = 8
 """Directions kept of each group of matrices."""
@@ -55,7 +55,7 @@ def of_fine_tune(fine_tune: FineTune, shared: Checkpoint, base_delta: BaseDelta)
         own = fine_tune.tensor(name)
         if own is None:
             return fine_tune.delta(name)
-        return _sum(own.to(torch.float32) - shared.tensor(name).to(torch.float32), base_delta.delta(name))
+        return added(own.to(torch.float32) - shared.tensor(name).to(torch.float32), base_delta.delta(name))
 
     return task
 
@@ -65,19 +65,10 @@ def of_factors(factors: Mapping[str, SvdFactors], base_delta: BaseDelta) -> Task
 
     def task(name: str) -> Delta | None:
         kept = factors.get(name)
-        own = LowRank(kept.U.to(torch.float32) * kept.S, kept.Vh.to(torch.float32)) if kept else None
-        return _sum(own, base_delta.delta(name))
+        own = kept.low_rank() if kept else None
+        return added(own, base_delta.delta(name))
 
     return task
-
-
-def _sum(one: Delta | None, other: Delta | None) -> Delta | None:
-    if one is None or other is None:
-        return one if other is None else other
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        return LowRank(torch.cat([one.up, other.up], dim=1), torch.cat([one.down, other.down]))
-    dense = [each.dense() if isinstance(each, LowRank) else each for each in (one, other)]
-    return dense[0] + dense[1]
 
 
 def _rows(
