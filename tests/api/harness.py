@@ -64,8 +64,9 @@ class Served:
 @contextlib.contextmanager
 def serving(bundle: Path, **options: Any) -> Iterator[Served]:
     """Serve a bundle until the block ends; it must then stop by itself."""
-    # The mode is fixed: what a cost model decides differs from run to run, and answers tell it.
-    fixed = {"dtype": "float32", "threads": 1, "mix_mode": "factored"}
+    # The mode is fixed: what a cost model decides differs from run to run, and answers tell it. The cache is small:
+    # FastAPI keeps every route, and with it the server's memory, until the process ends.
+    fixed = {"dtype": "float32", "threads": 1, "mix_mode": "factored", "kv_cache_bytes": 2**25}
     settings = Settings(bundle=bundle, port=0, **{**fixed, **options})
     ready = threading.Event()
     urls: list[str] = []
