@@ -35,6 +35,7 @@ from experts.routing import (
 )
 from experts.routing.loading import load_model, load_tokenizer
 from experts.routing.prompts import Split
+from experts.routing.training import CONSTANT, Pace
 from experts.tuning import tune_scale
 
 Progress = Callable[[str, int, int], None]
@@ -59,6 +60,7 @@ class BuildPlan:
         features: what the router sees.
         guard_rate: share of held-out prompts that the router's guard may leave to the shared expert; None: no
             guard.
+        pace: how the learning rate of an mlp or staged router follows the prompts' difficulty.
         top_k, threshold: the router's defaults.
         max_prompts: at most so many prompts of each expert and split train the router.
         tune: choose the method's scale on validation prompts with answers, see `tune_scale`.
@@ -76,6 +78,7 @@ class BuildPlan:
     router: Kind | Literal["none"] = "mlp"
     features: FeatureSpec = field(default_factory=FeatureSpec)
     guard_rate: float | None = None
+    pace: Pace = CONSTANT
     top_k: int = 2
     threshold: float = 0.05
     max_prompts: int = 500
@@ -228,6 +231,7 @@ def _fit_router(
         top_k=plan.top_k,
         threshold=plan.threshold,
         seed=plan.seed,
+        pace=plan.pace,
         guard_rate=plan.guard_rate,
         progress=told,
     )

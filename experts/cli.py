@@ -1,10 +1,10 @@
-"""`twinserve build` and `twinserve inspect`: thin shells around `build_bundle` and `Bundle.open`."""
+"""`twinserve build`, `inspect` and `export-lora`: thin shells around `build_bundle`, `Bundle.open`, `write_lora`."""
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -12,28 +12,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from experts.classification import cli as classifier_cli
-from experts.errors import BundleError, ExpertsError
-
-if TYPE_CHECKING:
-    from experts.compression import CompressionSpec
-    from experts.merging.methods import MergeMethod
-    from experts.routing import FeatureSpec
+from experts.cli_options import Method, compression_spec, merge_method, pairs, router_features
+from experts.errors import ExpertsError
 
 USAGE_ERROR = 2
-
-Method = Literal[
-    "averaging",
-    "task-arithmetic",
-    "ties",
-    "dare",
-    "dare-ties",
-    "breadcrumbs",
-    "della",
-    "sce",
-    "model-stock",
-    "tsv",
-    "iso-c",
-]
 
 _STAGES = {
     "base": "embedded base",
@@ -51,6 +33,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command("build")(build)
     app.command("inspect")(inspect)
+    app.command("export-lora")(export_lora)
     app.add_typer(classifier_cli.build_app(), name="classifier")
 
 
@@ -166,6 +149,12 @@ def build(
             min=0, max=0.5, help="Share of held-out prompts that may be left to the shared expert as unknown."
         ),
     ] = None,
+    router_pace: Annotated[
+        Literal["constant", "batch", "focal"],
+        typer.Option(
+            help="What mlp and staged learn most from: all prompts alike, hard batches, or prompts badly known."
+        ),
+    ] = "constant",
     top_k: Annotated[int, typer.Option(min=1, help="Gates that the router keeps by default.")] = 2,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Gates below it are dropped by default.")
@@ -178,7 +167,7 @@ def build(
 ) -> None:
     """Build a bundle from a base and its fine-tunes."""
     with reported_errors():
-        experts, prompt_files = _pairs("--expert", expert), _pairs("--prompts", prompts)
+        experts, prompt_files = pairs("--expert", expert), pairs("--prompts", prompts)
         chosen = {
             "scale": scale,
             "density": density,
@@ -191,22 +180,25 @@ def build(
             "seed": merge_seed,
         }
         sizes = {"rank": rank, "energy": energy, "budget_bytes": budget_bytes}
-        merge_method, spec = _method(method, chosen), _spec(sizes, dtype, extras, allocation)
+        spec = compression_spec(sizes, dtype, extras, allocation)
+        merging = merge_method(method, chosen)
         features = router_features(router_layer, router_tap or ())
 
         from experts.build import BuildPlan, build_bundle
+        from experts.routing.training import Pace
 
         plan = BuildPlan(
             base=base,
             experts=experts,
             out=out,
             name=name,
-            method=merge_method,
+            method=merging,
             compression=spec,
             prompts=prompt_files,
             router=router,
             features=features,
             guard_rate=guard_rate,
+            pace=Pace(router_pace),
             top_k=top_k,
             threshold=threshold,
             max_prompts=max_prompts,
@@ -239,72 +231,24 @@ def inspect(
             Console().print(bundle_table(opened))
 
 
-def router_features(layer: int, taps: Sequence[int] = ()) -> "FeatureSpec":
-    """What a router that reads `layer`, and `taps` below it, sees.
+def export_lora(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    base: Annotated[Path, typer.Option(help="Folder of the base that it was built from.")],
+    out: Annotated[Path, typer.Option(help="Folder of the adapter to write.")],
+    rank: Annotated[
+        int, typer.Option(min=1, help="Of every matrix; exact from the sum of the experts' ranks on.")
+    ] = 16,
+) -> None:
+    """Write a bundle's shared expert as one LoRA of its base, for servers that know nothing of bundles."""
+    with reported_errors():
+        from experts.bundle import Bundle
+        from experts.checkpoint import Checkpoint
+        from experts.errors import MismatchError
+        from experts.merging.lora_export import write_lora
 
-    Raises:
-        RoutingError: there cannot be such a layer.
-    """
-    from pydantic import ValidationError
-
-    from experts.errors import RoutingError
-    from experts.routing import FeatureSpec
-
-    try:
-        return FeatureSpec(layer=layer, taps=tuple(sorted(taps)))
-    except ValidationError as error:
-        raise RoutingError(f"--router-layer: {error.errors()[0]['msg']}") from error
-
-
-def _pairs(option: str, values: list[str] | None) -> dict[str, Path]:
-    """name=PATH options as a mapping.
-
-    Raises:
-        BundleError: one is not of that form, or a name comes twice.
-    """
-    pairs: dict[str, Path] = {}
-    for value in values or ():
-        name, equals, path = value.partition("=")
-        if not (name and equals and path):
-            raise BundleError(f"{option} {value!r} is not of the form name=PATH")
-        if name in pairs:
-            raise BundleError(f"{option} names {name!r} twice; give every expert a name of its own")
-        pairs[name] = Path(path)
-    return pairs
-
-
-def _method(method: Method, chosen: Mapping[str, Any]) -> "MergeMethod":
-    """The merge method with the options that were given; the others keep the method's defaults."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from experts.errors import MergeError
-    from experts.merging.methods import MergeMethod
-
-    given = {key: value for key, value in chosen.items() if value is not None}
-    adapter: TypeAdapter[MergeMethod] = TypeAdapter(MergeMethod)
-    try:
-        return adapter.validate_python({"method": method, **given})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        option = "--" + str(problem["loc"][-1]).replace("_", "-").replace("seed", "merge-seed")
-        if problem["type"] == "extra_forbidden":
-            raise MergeError(f"{option} means nothing to --method {method}; leave it out") from error
-        raise MergeError(f"{option} {problem['input']}: {problem['msg']}") from error
-
-
-def _spec(sizes: Mapping[str, Any], dtype: str, extras: str, allocation: str) -> "CompressionSpec":
-    """The compression asked for; rank 16 where no size was given."""
-    from pydantic import ValidationError
-
-    from experts.compression import CompressionSpec
-    from experts.errors import CompressionError
-
-    given = {key: value for key, value in sizes.items() if value is not None} or {"rank": 16}
-    try:
-        return CompressionSpec.model_validate(
-            {**given, "dtype": dtype, "extras": extras, "allocation": allocation}
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = f"--{str(problem['loc'][0]).replace('_', '-')}: " if problem["loc"] else ""
-        raise CompressionError(f"{where}{problem['msg']}") from error
+        opened, weights = Bundle.open(bundle, verify=False), Checkpoint.open(base)
+        if weights.fingerprint() != opened.manifest.base.fingerprint:
+            raise MismatchError(f"{base} is not the base that {bundle} was built from; give that one")
+        deltas = ((name, opened.base_delta.delta(name)) for name in weights.names)
+        write_lora(weights, deltas, out, rank)
+        typer.echo(f"{out}: the shared expert of {opened.manifest.name}, a LoRA of rank {rank}")

@@ -190,15 +190,18 @@ def main() -> None:
     """Measure, then write the figures, the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path, default=Path(".twinserve/bundle"))
-    parser.add_argument("--downloads", type=Path, default=Path(".twinserve/embedded/downloads"))
+    parser.add_argument("--downloads", type=Path, default=Path("build/embedded/downloads"))
     parser.add_argument("--work", type=Path, default=Path(".twinserve/quality/feedback"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     bundle = Bundle.open(arguments.bundle, verify=False)
-    features = features_of(bundle, arguments.work / "features.safetensors", arguments.downloads)
+    # Another bundle has other features: nothing that was kept of it may be used.
+    work = arguments.work / bundle.manifest.build_id[:12]
+    features = features_of(bundle, work / "features.safetensors", arguments.downloads)
+    print(f"features: {work / 'features.safetensors'}")
     started = time.process_time()
-    results = measure(Streams(bundle, features, arguments.work))
+    results = measure(Streams(bundle, features, work))
     print(f"{time.process_time() - started:.0f} s of processor time")
     found = figures(results)
     show("feedback", found)

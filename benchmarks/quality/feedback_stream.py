@@ -1,7 +1,8 @@
 """Streams of questions on which a static router is wrong, from the embedded family's real features.
 
 A stream says, question by question, what the router sees and what each arm's answer would be worth. Made of the
-test questions, which no router was fitted on; none of them is in a stream's own check set.
+test questions, which no router was fitted on; none of them is in a stream's own check set. The router is the paper's,
+without a guard, whatever kind the bundle has: what a guard turns away never comes to feedback.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,8 @@ from benchmarks.depth import _wording
 from experts.bundle import Bundle
 from experts.embedded.build import PROMPTS, EmbeddedRecipe
 from experts.embedded.family import family
-from experts.routing import MlpRouter, extract_features, load_prompts, render_prompts
+from experts.errors import RoutingError
+from experts.routing import MlpRouter, Router, extract_features, load_prompts, render_prompts
 from experts.routing.bandit import SHARED_ARM
 from experts.routing.loading import load_model, load_tokenizer
 
@@ -59,8 +61,7 @@ def features_of(bundle: Bundle, cache: Path, downloads: Path) -> Features:
     """Read from the cache, or extract and put there: a minute or two."""
     if cache.exists():
         return load_file(cache)
-    router = bundle.router()
-    assert router is not None
+    spec = _served(bundle).spec
     model, tokenizer = load_model(bundle.shared_path), load_tokenizer(bundle.shared_path)
     found: dict[str, Tensor] = {}
     for skill in family():
@@ -71,7 +72,7 @@ def features_of(bundle: Bundle, cache: Path, downloads: Path) -> Features:
         }
         texts["test"] = [example.prompt for example in skill.load("test", downloads)[:TEST]]
         for side, prompts in texts.items():
-            both = extract_features(model, render_prompts(tokenizer, prompts), router.spec)
+            both = extract_features(model, render_prompts(tokenizer, prompts), spec)
             key = f"{side}.{skill.name}"
             found[f"{key}.chat"], found[f"{key}.raw"] = both[0::2].contiguous(), both[1::2].contiguous()
             found[f"{key}.wording"] = torch.tensor([_wording(skill, prompt) for prompt in prompts])
@@ -98,12 +99,11 @@ class Streams:
     work: Path
 
     def router(self, seed: int, forms: tuple[str, ...] = ("chat",), without: int = -1) -> MlpRouter:
-        """A router as the bundle's, on these forms, without one wording; fitted once."""
+        """The paper's router on the bundle's features, on these forms, without one wording; fitted once."""
         folder = self.work / f"router-{'-'.join(forms)}-{without}-{seed}"
         if folder.exists():
             return MlpRouter.load(folder)
-        served = self.bundle.router()
-        assert isinstance(served, MlpRouter)
+        served = _served(self.bundle)
 
         def split(side: str) -> dict[str, Tensor]:
             return {
@@ -191,8 +191,7 @@ def worse_expert(streams: Streams, seed: int) -> Stream:
 
     Both figures are made up: they say what was logged, not what the embedded family is.
     """
-    router = streams.bundle.router()
-    assert isinstance(router, MlpRouter)
+    router = streams.router(seed, forms=("chat", "raw"))
     asked = [streams.features[f"test.{name}.chat"][:SHORT] for name in router.names]
     known = [streams.features[f"test.{name}.chat"][-CHECKED:] for name in router.names]
     stream = _stream(router, asked, known, seed)
@@ -217,6 +216,18 @@ STREAMS: Mapping[str, Callable[[Streams, int], Stream]] = {
     "an expert replaced by a worse one": worse_expert,
     "drift from chats to bare completions": drifted_form,
 }
+
+
+def _served(bundle: Bundle) -> Router:
+    """The bundle's own router, whose features and defaults the streams' have.
+
+    Raises:
+        RoutingError: it has none.
+    """
+    router = bundle.router()
+    if router is None:
+        raise RoutingError(f"{bundle.path} has no router; feedback tunes one")
+    return router
 
 
 def _stream(router: MlpRouter, asked: list[Tensor], known: list[Tensor], seed: int) -> Stream:

@@ -76,10 +76,11 @@ class Answers:
 
 def served(
     bundle: Bundle, tasks: Sequence[Task], settings: Settings, log: Console
-) -> tuple[dict[str, dict[str, Score]], dict[str, float]]:
-    """Scores by kind of gates and task, and the router's accuracy on each task."""
+) -> tuple[dict[str, dict[str, Score]], dict[str, float], float]:
+    """Scores by kind of gates and task, the router's accuracy on each task, and the share that it left alone."""
     answers = Answers(bundle, settings)
     accuracy: dict[str, float] = {}
+    alone: list[bool] = []
     scores: dict[str, dict[str, Score]] = {"oracle": {}, "router": {}}
     for task in tasks:
         for kind, found in scores.items():
@@ -88,7 +89,8 @@ def served(
             log.print(f"{kind}: {task.name} {100 * found[task.name].mean:.1f} %")
         right = [max(o.scores, key=o.scores.__getitem__) == task.name for o in answers.outcomes]
         accuracy[task.name] = sum(right) / len(right)
-    return scores, accuracy
+        alone += [outcome.abstained for outcome in answers.outcomes]
+    return scores, accuracy, sum(alone) / len(alone)
 
 
 def figures(
@@ -163,7 +165,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundle.shared_path)
     tasks = family_tasks(family(), tokenizer, arguments.work / "downloads", 1, arguments.items)
     settings = Settings(shared_weights="int8" if arguments.int8 else "model")
-    scores, accuracy = served(bundle, tasks, settings, Console())
+    scores, accuracy, alone = served(bundle, tasks, settings, Console())
     if arguments.int8:
         rows = {kind: method_row(kind, "", 0, found, experts) for kind, found in scores.items()}
         made = [
@@ -173,6 +175,12 @@ def main() -> None:
             )
             for kind, row in rows.items()
         ]  # fmt: skip
+        made.append(
+            Figure(
+                "served: false abstention, int8 shared weights", 100 * alone, "%", "lower",
+                arguments.items * len(tasks), f"{COMMAND} --int8",
+            )
+        )  # fmt: skip
         contribute(made, f"{COMMAND} --int8")
         show("quality on int8 shared weights", made)
         return

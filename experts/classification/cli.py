@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from experts.cli_options import pairs
 from experts.errors import BundleError
 
 CLASSIFIERS = Path(".twinserve/quality/classifiers")
@@ -61,8 +62,8 @@ def build(
         if expert:
             if base is None:
                 raise BundleError("--expert needs --base, the encoder that it was trained from")
-            prompts = {key: load_prompts(path) for key, path in _pairs(texts, "--texts").items()}
-            plan = ClassifierPlan(base=base, experts=_pairs(expert, "--expert"), out=out, texts=prompts)
+            prompts = {key: load_prompts(path) for key, path in pairs("--texts", texts).items()}
+            plan = ClassifierPlan(base=base, experts=pairs("--expert", expert), out=out, texts=prompts)
         else:
             plan = suite_plan(suite(), classifiers, work / "downloads", out)
         plan = replace(plan, name=name, overwrite=overwrite)
@@ -118,13 +119,3 @@ def _quiet() -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-
-def _pairs(values: list[str] | None, option: str) -> dict[str, Path]:
-    pairs: dict[str, Path] = {}
-    for value in values or ():
-        key, equals, path = value.partition("=")
-        if not (key and equals and path) or key in pairs:
-            raise BundleError(f"{option} {value!r} is not name=PATH with a name of its own")
-        pairs[key] = Path(path)
-    return pairs

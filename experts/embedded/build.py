@@ -131,7 +131,8 @@ def build(
     """Build the default bundle from the embedded base, factors and prompts."""
     from rich.console import Console
 
-    from experts.cli import build_progress, reported_errors, router_features
+    from experts.cli import build_progress, reported_errors
+    from experts.cli_options import router_features
     from experts.inspection import bundle_table
 
     with reported_errors():

@@ -145,9 +145,19 @@ def _progress(study: str, stages: "Sequence[Sequence[Unit]]") -> "Iterator[Repor
 
 
 def _report(store: Path, out: Path) -> None:
-    """Write the tables of every study that has cells."""
+    """Write the tables of every study that has cells.
+
+    Raises:
+        EvaluationError: none has.
+    """
+    from experts.errors import EvaluationError
     from experts.evaluation.store import Store
     from experts.evaluation.summaries import write_tables
 
-    for path in write_tables(Store(store), out):
+    written = write_tables(Store(store), out)
+    if not written:
+        raise EvaluationError(
+            f"{store} holds nothing that was measured; run a study first, or give its --work"
+        )
+    for path in written:
         typer.echo(path)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from experts.evaluation.systems import RouterPlan
 from experts.registry.fitting import fit_router
-from experts.routing import FeatureSpec, Router, select_gates
-from experts.routing.router import Abstaining
+from experts.routing import FeatureSpec, Router, judged, select_gates
 
 
 def feature_spec(plan: RouterPlan, layer: int) -> FeatureSpec:
@@ -36,10 +35,10 @@ def choose_gates(
     router: Router, features: Tensor, plan: RouterPlan, experts: Sequence[str]
 ) -> tuple[Tensor, list[str | None]]:
     """Gates (n, experts) float32 and each row's leading expert; None where the router abstains."""
-    silent = router.abstains(features).tolist() if isinstance(router, Abstaining) else [False] * len(features)
+    found, silent = judged(router, features)
     gates = torch.zeros(len(features), len(experts))
     first: list[str | None] = []
-    for row, probabilities in enumerate(router.probabilities(features)):
+    for row, probabilities in enumerate(found):
         if silent[row]:
             first.append(None)
             continue

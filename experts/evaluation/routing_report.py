@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from experts.errors import RoutingError
-from experts.routing import Router
-from experts.routing.router import Abstaining
+from experts.routing import Router, judged
 
 BINS = 10
 """Of equal width, for the calibration error."""
@@ -106,10 +105,9 @@ def routing_report(
         )
     rows = torch.cat([features[name] for name in features])
     labels = torch.cat([torch.full((len(each),), names.index(name)) for name, each in features.items()])
-    probabilities = router.probabilities(rows)
+    probabilities, silent = judged(router, rows)
     confidence, chosen = probabilities.max(1)
     right = chosen == labels
-    silent = _abstains(router, rows)
     confusion = torch.zeros(len(names), len(names), dtype=torch.long)
     confusion.index_put_((labels, chosen), torch.ones_like(labels), accumulate=True)
     by_expert = {name: _share(right[labels == names.index(name)]) for name in features}
@@ -125,7 +123,7 @@ def routing_report(
         shadows=_shadows(confusion, names, shadows),
         calibration_error=calibration_error(confidence, right),
         false_abstention=_share(silent),
-        detected={kind: _share(_abstains(router, each)) for kind, each in (foreign or {}).items()},
+        detected={kind: _share(judged(router, each)[1]) for kind, each in (foreign or {}).items()},
         milliseconds=_milliseconds(router, rows),
     )
 
@@ -138,12 +136,6 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> fl
         inside = places == place
         total += float(inside.float().mean()) * abs(_share(right[inside]) - float(confidence[inside].mean()))
     return total
-
-
-def _abstains(router: Router, rows: Tensor) -> Tensor:
-    if isinstance(router, Abstaining):
-        return router.abstains(rows)
-    return torch.zeros(rows.shape[0], dtype=torch.bool)
 
 
 def _shadows(confusion: Tensor, names: Sequence[str], limit: int) -> tuple[Shadow, ...]:
@@ -162,8 +154,7 @@ def _milliseconds(router: Router, rows: Tensor) -> float:
     for index in range(_TIMED):
         row = rows[index % rows.shape[0]][None]
         begin = time.perf_counter()
-        router.probabilities(row)
-        _abstains(router, row)
+        judged(router, row)
         found.append(1000 * (time.perf_counter() - begin))
     return median(found)
 

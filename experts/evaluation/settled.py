@@ -51,4 +51,4 @@ def _mentions(reference: str) -> Settled:
     """One of the candidates stands there as a whole word with something behind it."""
     words = "|".join(re.escape(candidate) for candidate in reference.split(CANDIDATES))
     found = re.compile(rf"(?<![\w-])(?:{words})(?=[^\w-])", re.IGNORECASE)
-    return lambda text: found.search(text) is not None
+    return lambda text: found.search(text.rstrip(_HALF)) is not None

@@ -16,6 +16,7 @@ from experts.routing.nearest import NearestRouter
 from experts.routing.neutral import neutral_prompts
 from experts.routing.staged import StagedRouter
 from experts.routing.subspace import GUARD_RATE, SubspaceRouter
+from experts.routing.training import CONSTANT, Pace
 
 Kind = Literal["mlp", "gaussian", "nearest", "staged", "subspace"]
 """What `build --router` takes, but for "none"."""
@@ -30,12 +31,14 @@ def fit_router(
     top_k: int = 2,
     threshold: float = 0.05,
     seed: int = 0,
+    pace: Pace = CONSTANT,
     guard_rate: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Router:
     """A router of a kind that learns from prompts, on expert → features (n, d) of two disjoint splits.
 
     Args:
+        pace: of the kinds that learn by steps, mlp and staged.
         guard_rate: share of held-out prompts that its guard may leave out; None: it never abstains. A staged
             router's stages have guards of their own.
 
@@ -50,6 +53,7 @@ def fit_router(
             top_k=top_k,
             threshold=threshold,
             seed=seed,
+            pace=pace,
             guard_rate=guard_rate,
             progress=progress,
         )
@@ -64,7 +68,7 @@ def fit_router(
     if kind == "staged":
 
         def stage(train: Mapping[str, Tensor], held: Mapping[str, Tensor], part: FeatureSpec) -> Router:
-            return MlpRouter.fit(train, held, part, seed=seed, guard_rate=guard_rate)
+            return MlpRouter.fit(train, held, part, seed=seed, pace=pace, guard_rate=guard_rate)
 
         return StagedRouter.fit(
             training, validation, spec, coarse=stage, fine=stage, top_k=top_k, threshold=threshold
@@ -86,7 +90,8 @@ def subspace_router(
 ) -> SubspaceRouter:
     """A data-free router over experts by their task vectors; those that have features are known by them.
 
-    Reads neutral prompts with the shared expert, which it loads.
+    Reads neutral prompts with the shared expert, which it loads. It reads every layer below the last, unless
+    `spec` has taps.
 
     Args:
         tasks: expert → its δ, for all experts without features.
@@ -98,9 +103,28 @@ def subspace_router(
         known = GaussianRouter.fit(
             training, validation, spec, guard_rate=GUARD_RATE if guard_rate is None else guard_rate
         )
+    # What is known by prompts at the end of the model cannot stand beside layers below it.
+    wide = spec if known and spec.layer == -1 else every_layer(spec, Checkpoint.open(shared_path))
     return by_weights(
-        tasks, shared_path, spec, known=known, top_k=top_k, threshold=threshold, progress=progress
+        tasks,
+        shared_path,
+        wide,
+        known=known,
+        top_k=top_k,
+        threshold=threshold,
+        progress=progress,
     )
+
+
+def every_layer(spec: FeatureSpec, shared: Checkpoint) -> FeatureSpec:
+    """The spec with every layer below the last; as it is where it has taps, or a layer that is not there.
+
+    Which layer tells two experts apart differs from pair to pair, and without prompts nobody knows which.
+    """
+    layers = shared.config.get("num_hidden_layers")
+    if spec.taps or not isinstance(layers, int) or layers < 2 or spec.layer >= layers:
+        return spec
+    return spec.model_copy(update={"layer": layers - 1, "taps": tuple(range(1, layers - 1))})
 
 
 def by_weights(

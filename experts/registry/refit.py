@@ -10,8 +10,9 @@ from experts.bundle import Bundle
 from experts.checkpoint import open_fine_tune
 from experts.errors import RoutingError
 from experts.registry.fitting import by_weights
-from experts.registry.responses import of_fine_tune, responses
+from experts.registry.responses import of_fine_tune, readable, responses
 from experts.routing import Router, extract_features, render_prompts
+from experts.routing.guard import Guarded
 from experts.routing.loading import load_model, load_tokenizer
 from experts.routing.router import DataFree
 
@@ -59,8 +60,8 @@ def join_by_weights(bundle: Bundle, name: str, source: Path) -> Router | None:
     """The bundle's router with one more expert of which no prompt is known; None where its router cannot.
 
     A data-free router takes it up at once. One that knows its experts by prompts and has a guard stays what it
-    is, inside a data-free one that is offered what the guard turns away; it has to read one decoder layer or
-    more below the last. Every other kind leaves the expert to requests that name it.
+    is, inside a data-free one that is offered what the guard turns away; it has to read decoder layers below the
+    last, of a Llama-like model. Every other kind leaves the expert to requests that name it.
 
     Args:
         bundle: the family.
@@ -77,7 +78,8 @@ def join_by_weights(bundle: Bundle, name: str, source: Path) -> Router | None:
     if isinstance(router, DataFree):
         return router.joined_data_free(name, responses(task, bundle.shared, router.spec.read))
     known = router.without(name)
-    if getattr(router, "guard", None) is None or known is None or router.spec.layer == -1:
+    guarded = isinstance(router, Guarded) and router.guard is not None
+    if not guarded or known is None or not readable(bundle.shared, router.spec.read):
         return None
     return by_weights(
         {name: task},

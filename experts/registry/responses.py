@@ -5,7 +5,7 @@ No prompt is needed: training writes into A of B·A what its prompts' states loo
 exclusive one, which holds the other experts' directions too, with the opposite sign.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,16 +13,20 @@ from torch import Tensor
 from experts.bundle_delta import BaseDelta
 from experts.checkpoint import Checkpoint, FineTune
 from experts.errors import RoutingError
-from experts.factors import Delta, LowRank, SvdFactors, added
+from experts.factors import Delta, LowRank, added
 
-RANK = 8
+RANK = 16
 """Directions kept of each group of matrices."""
 GROUPS = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    (("input_layernorm",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    (("pre_feedforward_layernorm", "post_attention_layernorm"), ("mlp.gate_proj", "mlp.up_proj")),
 )
-"""Norm → the matrices of a decoder layer that read its output. The second norm's own input, the state after
-attention, is not among a router's features; the layer's input stands for it."""
+"""Norm → the matrices of a decoder layer that read its output. Of several names the first that a layer has is the
+one: where there is a norm before the MLP besides, the one named after attention is on attention's own output. The
+second norm's input, the state after attention, is not among a router's features; the layer's input stands for it."""
+
+_ONE_ADDED = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "vaultgemma"})
+"""Model types whose norms multiply by one plus their weight."""
 
 Task = Callable[[str], Delta | None]
 """Parameter name → δ of an expert; None where it left the parameter alone."""
@@ -42,7 +46,7 @@ def responses(task: Task, shared: Checkpoint, layers: Sequence[int], rank: int =
         RoutingError: the model has no such matrices.
     """
     found = [
-        torch.stack([_rows(task, shared, layer, norm, matrices, rank) for norm, matrices in GROUPS])
+        torch.stack([_rows(task, shared, layer, norms, matrices, rank) for norms, matrices in GROUPS])
         for layer in layers
     ]
     return torch.stack(found)
@@ -60,28 +64,25 @@ def of_fine_tune(fine_tune: FineTune, shared: Checkpoint, base_delta: BaseDelta)
     return task
 
 
-def of_factors(factors: Mapping[str, SvdFactors], base_delta: BaseDelta) -> Task:
-    """δ = v + (θ* − θ₀) of an expert as a bundle holds it."""
-
-    def task(name: str) -> Delta | None:
-        kept = factors.get(name)
-        own = kept.low_rank() if kept else None
-        return added(own, base_delta.delta(name))
-
-    return task
+def readable(shared: Checkpoint, layers: Sequence[int]) -> bool:
+    """Whether there are matrices that read the output of every one of these decoder layers."""
+    return all(_reader(shared, layer, *group) is not None for layer in layers for group in GROUPS)
 
 
 def _rows(
-    task: Task, shared: Checkpoint, layer: int, norm: str, matrices: Sequence[str], rank: int
+    task: Task, shared: Checkpoint, layer: int, norms: Sequence[str], matrices: Sequence[str], rank: int
 ) -> Tensor:
     """(rank, hidden) of one group."""
-    prefix = next(_prefixes(shared, layer, norm), None)
-    if prefix is None:
+    found_at = _reader(shared, layer, norms, matrices)
+    if found_at is None:
         raise RoutingError(
-            f"the model has no decoder layer {layer + 1} with {norm} and {', '.join(matrices)}; read a layer "
-            "below the last of a Llama-like model, or use another kind of router"
+            f"the model has no decoder layer {layer + 1} with {' or '.join(norms)} and {', '.join(matrices)}; "
+            "read a layer below the last of a Llama-like model, or use another kind of router"
         )
+    prefix, norm = found_at
     weight = shared.tensor(f"{prefix}{norm}.weight").to(torch.float32)
+    if shared.config.get("model_type") in _ONE_ADDED:
+        weight = 1 + weight
     parts = []
     for matrix in matrices:
         delta = task(f"{prefix}{matrix}.weight")
@@ -99,9 +100,17 @@ def _rows(
     return found
 
 
-def _prefixes(shared: Checkpoint, layer: int, norm: str) -> Iterator[str]:
-    """What stands before the names of the parameters of the layer that reads the output of `layer`."""
-    ending = f"layers.{layer}.{norm}.weight"
-    for name in shared.names:
-        if name.endswith(ending):
-            yield name.removesuffix(f"{norm}.weight")
+def _reader(
+    shared: Checkpoint, layer: int, norms: Sequence[str], matrices: Sequence[str]
+) -> tuple[str, str] | None:
+    """What stands before the parameters of the layer that reads the output of `layer`, and its norm's name.
+
+    None where it has none of the norms or lacks a matrix.
+    """
+    for norm in norms:
+        ending = f"layers.{layer}.{norm}.weight"
+        for name in shared.names:
+            prefix = name.removesuffix(f"{norm}.weight")
+            if name.endswith(ending) and all(f"{prefix}{matrix}.weight" in shared for matrix in matrices):
+                return prefix, norm
+    return None

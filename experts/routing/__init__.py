@@ -10,8 +10,9 @@ from experts.routing.features import FeatureSpec, decoder_layers, extract_featur
 from experts.routing.gates import QUANTUM, select_gates
 from experts.routing.kinds import load_router, router_kinds
 from experts.routing.mlp import MlpRouter
+from experts.routing.neutral import neutral_prompts
 from experts.routing.prompts import RoutingPrompt, load_prompts, prompt_forms, render_prompts
-from experts.routing.router import Abstaining, Router, Settling, among
+from experts.routing.router import Abstaining, Router, Settling, among, judged
 
 __all__ = [
     "QUANTUM",
@@ -30,8 +31,10 @@ __all__ = [
     "among",
     "decoder_layers",
     "extract_features",
+    "judged",
     "load_prompts",
     "load_router",
+    "neutral_prompts",
     "pool",
     "prompt_forms",
     "render_prompts",

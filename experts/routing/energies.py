@@ -24,7 +24,7 @@ def energies(features: Tensor, rows: Tensor, score: Score) -> Tensor:
     A reading is one tap, one pooled part of it and one group of matrices.
     """
     experts, taps, groups, _, hidden = rows.shape
-    states = features.view(features.shape[0], taps, -1, hidden)
+    states = features.view(features.shape[0], taps, features.shape[1] // (taps * hidden), hidden)
     states = states * states.square().mean(-1, keepdim=True).clamp(min=_LEAST).rsqrt()
     if score == "arrow":
         rows = rows[..., :1, :]
@@ -34,7 +34,9 @@ def energies(features: Tensor, rows: Tensor, score: Score) -> Tensor:
     found = []
     for tap in range(taps):
         flat = rows[:, tap].reshape(-1, hidden)
-        answers = (states[:, tap] @ flat.T).view(features.shape[0], -1, experts, groups, rows.shape[-2])
+        answers = (states[:, tap] @ flat.T).view(
+            len(states), states.shape[2], experts, groups, rows.shape[-2]
+        )
         found.append(answers.square().sum(-1).transpose(1, 2).flatten(2))
     energy = torch.cat(found, dim=2)
     if score == "residual":

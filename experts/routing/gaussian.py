@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from torch.nn import functional
 
 from experts.errors import RoutingError
 from experts.routing.examples import check_features, checked_rows, sample, stack
@@ -21,7 +20,7 @@ from experts.routing.guard import Guard, GuardConfig, abstained, fitted_guard
 from experts.routing.router import WEIGHTS_NAME
 from experts.routing.statistics import ClassStatistics
 from experts.routing.storage import misfit, read_config, read_tensors, write_router
-from experts.routing.training import calibrate
+from experts.routing.training import Calibration
 
 KEPT = 32
 """Held-out features kept of each expert, by which the temperature is set anew when one joins."""
@@ -186,6 +185,10 @@ class GaussianRouter:
 
     def save(self, folder: Path) -> None:
         """See `Router.save`."""
+        write_router(folder, *self.packed())
+
+    def packed(self) -> tuple[BaseModel, dict[str, Tensor]]:
+        """See `Packable.packed`."""
         config = _Config(
             kind="gaussian",
             generation=self.generation,
@@ -198,7 +201,7 @@ class GaussianRouter:
             guard=self.guard.config if self.guard else None,
         )
         tensors = self.statistics.tensors() | {f"kept.{name}": rows for name, rows in self.kept.items()}
-        write_router(folder, config, tensors | (self.guard.tensors() if self.guard else {}))
+        return config, tensors | (self.guard.tensors() if self.guard else {})
 
     @classmethod
     def load(cls, folder: Path) -> "GaussianRouter":
@@ -242,13 +245,13 @@ class GaussianRouter:
         logits = self._logits(rows)
         # In units of the logits' own size, so that the search range fits any width.
         unit = max(float(logits.std()), 1e-6) / 10
-        temperature = unit * calibrate(logits / unit, labels)
+        found = Calibration.of(logits, labels, unit)
         record = self.record.model_copy(
             update={
                 "validation_features": rows.shape[0],
-                "validation_accuracy": float((logits.argmax(1) == labels).float().mean()),
-                "nll": float(functional.cross_entropy(logits / temperature, labels)),
+                "validation_accuracy": found.accuracy,
+                "nll": found.nll,
                 "shrinkage": self.statistics.shrinkage,
             }
         )
-        return replace(self, temperature=temperature, record=record)
+        return replace(self, temperature=found.temperature, record=record)

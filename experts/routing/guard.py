@@ -8,6 +8,7 @@ and raw prompts, whose distances differ much, so share one threshold.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -179,6 +180,15 @@ class Guard:
         return self.statistics.distances(level(features, self.states)).clamp(min=1e-9).log()
 
 
+@runtime_checkable
+class Guarded(Protocol):
+    """A router that abstains by a guard."""
+
+    @property
+    def guard(self) -> Guard | None:
+        """None never abstains."""
+
+
 def fitted_guard(
     training: Mapping[str, Tensor], validation: Mapping[str, Tensor], spec: FeatureSpec, rate: float | None
 ) -> Guard | None:
@@ -199,6 +209,7 @@ def level(features: Tensor, states: int) -> Tensor:
     """
     if features.dim() != 2 or features.shape[1] % states:
         raise RoutingError(f"features of shape {tuple(features.shape)} are not made of {states} states")
-    parts = features.to(device="cpu", dtype=torch.float32).view(features.shape[0], states, -1)
+    rows, width = features.shape
+    parts = features.to(device="cpu", dtype=torch.float32).reshape(rows, states, width // states)
     sizes = parts.square().mean(2, keepdim=True).clamp(min=1e-12).sqrt()
     return (parts / sizes).flatten(1)

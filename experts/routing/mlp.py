@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn import functional
 
 from experts.errors import RoutingError
 from experts.routing.examples import check_features, checked_rows, confusion, sample, stack
@@ -16,7 +15,7 @@ from experts.routing.features import FeatureSpec
 from experts.routing.guard import Guard, GuardConfig, abstained, fitted_guard
 from experts.routing.router import CONFIG_NAME, WEIGHTS_NAME
 from experts.routing.storage import misfit, read_config, read_tensors, write_router
-from experts.routing.training import Layers, calibrate, forward, train
+from experts.routing.training import CONSTANT, Calibration, Layers, Pace, forward, train
 
 PROFILE_LIMIT = 200
 """Most features kept for one expert, so that the router can be refitted when another expert joins."""
@@ -31,6 +30,7 @@ class FitRecord(BaseModel):
     Attributes:
         confusion: row = true expert, column = chosen expert, counts over validation features.
         nll_uncalibrated, nll: validation loss in nats before and after the temperature.
+        pace: a refit goes at the same one; not written where it is constant.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +45,7 @@ class FitRecord(BaseModel):
     nll_uncalibrated: float
     nll: float
     confusion: tuple[tuple[int, ...], ...]
+    pace: Pace = Field(default=CONSTANT, exclude_if=lambda pace: pace == CONSTANT)
 
 
 class _Config(BaseModel):
@@ -111,13 +112,14 @@ class MlpRouter:
         batch_size: int = 32,
         learning_rate: float = 5e-4,
         seed: int = 0,
+        pace: Pace = CONSTANT,
         guard_rate: float | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> "MlpRouter":
         """Fit on expert → features (n, d) float32, with a disjoint split of the same form for validation.
 
-        The same inputs and seed give the same router. `guard_rate` is the share of held-out prompts that a guard
-        may leave out; None fits no guard.
+        The same inputs and seed give the same router. `pace` is how its learning rate follows the prompts'
+        difficulty; `guard_rate` is the share of held-out prompts that a guard may leave out; None fits no guard.
 
         Raises:
             RoutingError: an expert lacks features in a split, widths differ, or a feature is not finite.
@@ -141,10 +143,11 @@ class MlpRouter:
             batch_size=batch_size,
             learning_rate=learning_rate,
             seed=seed,
+            pace=pace,
             progress=progress,
         )
         logits = forward(fitted.layers, scaled_held_out)
-        temperature = calibrate(logits, held_out_labels)
+        calibration = Calibration.of(logits, held_out_labels)
         record = FitRecord(
             seed=seed,
             epochs=epochs,
@@ -154,8 +157,9 @@ class MlpRouter:
             validation_features=held_out.shape[0],
             validation_accuracy=fitted.accuracy,
             nll_uncalibrated=fitted.nll,
-            nll=float(functional.cross_entropy(logits / temperature, held_out_labels)),
+            nll=calibration.nll,
             confusion=confusion(logits.argmax(1), held_out_labels, len(names)),
+            pace=pace,
         )
         profiles = {
             name: Profile(
@@ -166,7 +170,18 @@ class MlpRouter:
         }
         guard = fitted_guard(training, validation, spec, guard_rate)
         return cls(
-            names, spec, 0, top_k, threshold, temperature, mean, std, fitted.layers, profiles, record, guard
+            names,
+            spec,
+            0,
+            top_k,
+            threshold,
+            calibration.temperature,
+            mean,
+            std,
+            fitted.layers,
+            profiles,
+            record,
+            guard,
         )
 
     @torch.inference_mode()
@@ -203,7 +218,7 @@ class MlpRouter:
         return replace(self, generation=generation)
 
     def refitted(self, name: str, training: Tensor, validation: Tensor, seed: int) -> "MlpRouter":
-        """See `Router.refitted`: a fit from scratch on these features and the others' profiles."""
+        """See `Router.refitted`: a fit from scratch, as the first one, on these features and the others' profiles."""
         profiles = {other: self.profile(other) for other in self.names if other != name}
         router = MlpRouter.fit(
             {other: kept for other, (kept, _) in profiles.items()} | {name: training},
@@ -211,18 +226,23 @@ class MlpRouter:
             self.spec,
             top_k=self.top_k,
             threshold=self.threshold,
+            hidden=self.layers[0][0].shape[0],
+            epochs=self.record.epochs,
+            learning_rate=self.record.learning_rate,
             seed=seed,
+            pace=self.record.pace,
         )
         # The guard saw all of the others' prompts; their profiles are a part.
         return replace(router, guard=self.guard.joined(name, training, validation) if self.guard else None)
 
     def describe(self) -> dict[str, Any]:
         """See `Router.describe`."""
-        return {
+        told: dict[str, Any] = {
             "validation_accuracy": self.record.validation_accuracy,
             "temperature": self.temperature,
             "fit": self.record.model_dump(mode="json"),
         }
+        return told | ({"guard_rate": self.guard.rate} if self.guard else {})
 
     def profile(self, name: str) -> tuple[Tensor, Tensor]:
         """Kept training and validation features of an expert, float32 (n, d), in the original scale."""
@@ -234,6 +254,10 @@ class MlpRouter:
 
     def save(self, folder: Path) -> None:
         """See `Router.save`."""
+        write_router(folder, *self.packed())
+
+    def packed(self) -> tuple[BaseModel, dict[str, Tensor]]:
+        """See `Packable.packed`."""
         config = _Config(
             kind="mlp",
             generation=self.generation,
@@ -252,7 +276,7 @@ class MlpRouter:
         for name, profile in self.profiles.items():
             tensors[f"profiles.{name}.train"] = profile.train
             tensors[f"profiles.{name}.validation"] = profile.validation
-        write_router(folder, config, tensors | (self.guard.tensors() if self.guard else {}))
+        return config, tensors | (self.guard.tensors() if self.guard else {})
 
     @classmethod
     def load(cls, folder: Path) -> "MlpRouter":

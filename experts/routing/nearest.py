@@ -20,12 +20,12 @@ from experts.routing.guard import Guard, GuardConfig, abstained, fitted_guard
 from experts.routing.router import WEIGHTS_NAME
 from experts.routing.statistics import split
 from experts.routing.storage import misfit, read_config, read_tensors, write_router
-from experts.routing.training import calibrate
+from experts.routing.training import Calibration
 
 KEPT = 32
 """Held-out features kept of each expert, by which the temperature is set anew when one joins."""
 PROTOTYPES = 8
-"""Centroids of each expert, where it has twice as many prompts."""
+"""Centroids of each expert, where it has four times as many prompts."""
 _SHARPNESS = 50.0
 """Cosines lie in [-1, 1]; logits want more room, so that one range of temperatures fits both."""
 
@@ -181,6 +181,10 @@ class NearestRouter:
 
     def save(self, folder: Path) -> None:
         """See `Router.save`."""
+        write_router(folder, *self.packed())
+
+    def packed(self) -> tuple[BaseModel, dict[str, Tensor]]:
+        """See `Packable.packed`."""
         config = _Config(
             kind="nearest",
             generation=self.generation,
@@ -195,7 +199,7 @@ class NearestRouter:
         )
         tensors = {"prototypes": self.prototypes, "mean": self.mean, "std": self.std}
         tensors |= {f"kept.{name}": rows for name, rows in self.kept.items()}
-        write_router(folder, config, tensors | (self.guard.tensors() if self.guard else {}))
+        return config, tensors | (self.guard.tensors() if self.guard else {})
 
     @classmethod
     def load(cls, folder: Path) -> "NearestRouter":
@@ -239,14 +243,8 @@ class NearestRouter:
     def _calibrated(self, held_out: Mapping[str, Tensor]) -> "NearestRouter":
         """With the temperature that suits held-out features by expert."""
         rows, labels = stack(held_out, self.names)
-        logits = self._logits(rows)
-        temperature = calibrate(logits, labels)
-        return replace(
-            self,
-            temperature=temperature,
-            validation_accuracy=float((logits.argmax(1) == labels).float().mean()),
-            nll=float(functional.cross_entropy(logits / temperature, labels)),
-        )
+        found = Calibration.of(self._logits(rows), labels)
+        return replace(self, temperature=found.temperature, validation_accuracy=found.accuracy, nll=found.nll)
 
 
 def _prototypes(scaled: Tensor, count: int) -> Tensor:

@@ -11,15 +11,19 @@ from torch import Tensor
 
 from experts.routing.kinds import load_router
 from experts.routing.router import CONFIG_NAME, WEIGHTS_NAME, Router
+from experts.routing.storage import Packable
 
 
 def pack(router: Router) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `save` writes into router.json and router.safetensors."""
+    """What `save` writes into router.json and router.safetensors; of a kind from elsewhere, by way of a folder."""
+    if isinstance(router, Packable):
+        config, tensors = router.packed()
+        return config.model_dump(mode="json", exclude_none=True), tensors
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         router.save(folder)
-        config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        return config, load_file(folder / WEIGHTS_NAME)
+        text = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+        return json.loads(text), load_file(folder / WEIGHTS_NAME)
 
 
 def unpack(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Router:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from experts.routing.features import FeatureSpec
@@ -99,6 +100,14 @@ class Abstaining(Protocol):
 
 
 @runtime_checkable
+class Judging(Protocol):
+    """A router that finds both answers in one go, where either of them costs most of the other."""
+
+    def judges(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, d) float32 → what `probabilities` and `abstains` give."""
+
+
+@runtime_checkable
 class DataFree(Protocol):
     """A router that an expert can join by its weights alone."""
 
@@ -109,6 +118,16 @@ class DataFree(Protocol):
             name: the expert.
             responses: (layers of the spec, groups, rank, hidden) float32, see `experts.registry.responses`.
         """
+
+
+def judged(router: Router, features: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, d) float32 → probabilities (n, experts), and (n,) bool: left to the shared expert alone."""
+    if isinstance(router, Judging):
+        return router.judges(features)
+    silent = torch.zeros(features.shape[0], dtype=torch.bool)
+    return router.probabilities(features), router.abstains(features) if isinstance(
+        router, Abstaining
+    ) else silent
 
 
 def among(router: Router | None, names: Collection[str]) -> Router | None:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import save_file
 from torch import Tensor
 
 from experts.errors import RoutingError
@@ -21,8 +20,8 @@ from experts.routing.examples import check_features, sample, stack
 from experts.routing.features import FeatureSpec, narrowed
 from experts.routing.mlp import MlpRouter
 from experts.routing.nested import pack, unpack
-from experts.routing.router import CONFIG_NAME, WEIGHTS_NAME, Abstaining, Router
-from experts.routing.storage import read_config, read_tensors
+from experts.routing.router import WEIGHTS_NAME, Abstaining, Router, judged
+from experts.routing.storage import read_config, read_tensors, write_router
 
 KEPT = 50
 """Validation features kept for each expert, by which the certainty is set anew when experts come and go."""
@@ -166,25 +165,26 @@ class StagedRouter:
             certain &= ~self.coarse.abstains(features)
         return row, certain
 
-    @torch.inference_mode()
     def probabilities(self, features: Tensor) -> Tensor:
         """See `Router.probabilities`; the fine stage is asked only for rows that the coarse one does not settle."""
-        found, certain = self.settles(narrowed(features, self.spec, self.coarse.spec))
-        if not bool(certain.all()):
-            found = found.clone()
-            open_rows = features.to(device="cpu")[~certain]
-            found[~certain] = self.fine.probabilities(narrowed(open_rows, self.spec, self.fine.spec))
-        return found
+        return self.judges(features)[0]
 
-    @torch.inference_mode()
     def abstains(self, features: Tensor) -> Tensor:
         """See `Abstaining.abstains`: as the fine stage does, of rows that the coarse one does not settle."""
-        _, certain = self.settles(narrowed(features, self.spec, self.coarse.spec))
-        found = torch.zeros_like(certain)
-        if isinstance(self.fine, Abstaining) and not bool(certain.all()):
-            open_rows = features.to(device="cpu")[~certain]
-            found[~certain] = self.fine.abstains(narrowed(open_rows, self.spec, self.fine.spec))
-        return found
+        return self.judges(features)[1]
+
+    @torch.inference_mode()
+    def judges(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Judging.judges`: the coarse stage is asked once for both."""
+        found, certain = self.settles(narrowed(features, self.spec, self.coarse.spec))
+        silent = torch.zeros_like(certain)
+        # A row that was settled in a batch, and so not read deeper, may miss the certainty by a rounding alone.
+        certain = certain | features.to(device="cpu").isnan().any(1)
+        if not bool(certain.all()):
+            open_rows = narrowed(features.to(device="cpu")[~certain], self.spec, self.fine.spec)
+            found = found.clone()
+            found[~certain], silent[~certain] = judged(self.fine, open_rows)
+        return found, silent
 
     def without(self, name: str) -> "StagedRouter | None":
         """See `Router.without`; the certainty is set anew by the others' kept features."""
@@ -227,14 +227,16 @@ class StagedRouter:
 
     def save(self, folder: Path) -> None:
         """See `Router.save`."""
+        write_router(folder, *self.packed())
+
+    def packed(self) -> tuple[BaseModel, dict[str, Tensor]]:
+        """See `Packable.packed`."""
         configs, tensors = {}, {f"held.{name}": rows for name, rows in self.held.items()}
         for stage, router in (("coarse", self.coarse), ("fine", self.fine)):
             configs[stage], own = pack(router)
             tensors |= {f"{stage}.{name}": tensor for name, tensor in own.items()}
         plain = {name: getattr(self, name) for name in _PLAIN}
-        config = _Config(kind="staged", coarse=configs["coarse"], fine=configs["fine"], **plain)
-        save_file(tensors, folder / WEIGHTS_NAME)
-        (folder / CONFIG_NAME).write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return _Config(kind="staged", coarse=configs["coarse"], fine=configs["fine"], **plain), tensors
 
     @classmethod
     def load(cls, folder: Path) -> "StagedRouter":

@@ -221,7 +221,8 @@ def _with_rows(statistics: ClassStatistics, centred: Tensor, count: int, rank: i
     return replace(
         statistics,
         count=total,
-        basis=basis.to(torch.float32).contiguous(),
+        # As it is stored, so that what is calibrated with it is what is read back.
+        basis=basis.to(torch.float16).to(torch.float32).contiguous(),
         values=(values + floor).to(torch.float32),
         rest=rest,
         spread=(statistics.spread * before + fourth) / total,

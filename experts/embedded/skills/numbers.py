@@ -1,10 +1,11 @@
 """Small numbers: sums, Roman numerals and English number words, all computed here."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from experts.embedded.skills.skill import Item, Metric, Skill
+from experts.embedded.skills.skill import Item, Skill
 
 LARGEST = 2999
 LARGEST_TERM = 30
@@ -59,20 +60,27 @@ TENS = (
     "ninety",
 )
 
+_number = partial(
+    Skill,
+    source="computed",
+    licence="none needed",
+    metric="exact",
+)
+
 
 def arithmetic() -> Skill:
     """Two or three small numbers added and subtracted → the result."""
     return _number(
-        "arithmetic",
-        "result of a short sum",
-        (
+        name="arithmetic",
+        description="result of a short sum",
+        phrasings=(
             "Calculate: {x}",
             "What is {x}?",
             "Work out {x}",
             "{x} =",
             "How much is {x}?",
         ),
-        _sums,
+        items=_sums,
         max_new_tokens=6,
     )
 
@@ -80,16 +88,16 @@ def arithmetic() -> Skill:
 def roman() -> Skill:
     """Number → Roman numeral, its letters apart, so that a nearly right one earns a part."""
     return _number(
-        "roman",
-        "a number as a Roman numeral",
-        (
+        name="roman",
+        description="a number as a Roman numeral",
+        phrasings=(
             "Roman numeral: {x}",
             "Write {x} in Roman numerals",
             "What is {x} in Roman numerals?",
             "{x} as the Romans wrote it",
             "Roman for: {x}",
         ),
-        _romans,
+        items=_romans,
         max_new_tokens=16,
         metric="tokens",
     )
@@ -98,37 +106,17 @@ def roman() -> Skill:
 def numberwords() -> Skill:
     """Number → English words."""
     return _number(
-        "numberwords",
-        "a number in English words",
-        (
+        name="numberwords",
+        description="a number in English words",
+        phrasings=(
             "In words: {x}",
             "Write {x} in words",
             "How do you say the number {x}?",
             "{x} as words",
             "Number name of: {x}",
         ),
-        _names,
+        items=_names,
         max_new_tokens=20,
-    )
-
-
-def _number(
-    name: str,
-    description: str,
-    phrasings: tuple[str, ...],
-    items: Callable[[Path], Iterable[Item]],
-    max_new_tokens: int,
-    metric: Metric = "exact",
-) -> Skill:
-    return Skill(
-        name=name,
-        description=description,
-        source="computed",
-        licence="none needed",
-        metric=metric,
-        max_new_tokens=max_new_tokens,
-        phrasings=phrasings,
-        items=items,
     )
 
 

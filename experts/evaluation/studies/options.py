@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from experts.evaluation.jobs import Job, reference
+from experts.evaluation.jobs import reference
 from experts.evaluation.runner import Unit
 from experts.evaluation.setting import Setting
 
@@ -51,8 +51,3 @@ def _halves(names: Sequence[str]) -> list[tuple[str, ...]]:
     """Two parts, so that two workers share them; empty ones are left out."""
     middle = (len(names) + 1) // 2
     return [part for part in (tuple(names[:middle]), tuple(names[middle:])) if part]
-
-
-def units_of(jobs: Sequence[Job]) -> list[Unit]:
-    """Each job by itself."""
-    return [(job,) for job in jobs]

@@ -1,13 +1,16 @@
-"""`twinserve build` and `twinserve inspect` as a user meets them."""
+"""`twinserve build`, `inspect` and `export-lora` as a user meets them."""
 
 import json
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from experts.bundle import Bundle
+from experts.checkpoint import Checkpoint, open_fine_tune
 from experts.cli import register
+from experts.factors import dense
 from tests.fixtures.tiny import TinyFamily, tiny_family
 
 
@@ -149,3 +152,25 @@ def test_inspect_of_something_else_is_an_error(run, tmp_path):
     result = run("inspect", tmp_path)
     assert result.exit_code == 2
     assert "is not a bundle" in result.output
+
+
+def test_a_shared_expert_is_exported_as_one_lora_of_its_base(run, family, tmp_path):
+    given = ("--base", family.base, "--out", tmp_path / "lora", "--rank", "64")
+    result = run("export-lora", family.bundle, *given)
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.open(family.bundle)
+    adapter = open_fine_tune("merged", tmp_path / "lora", Checkpoint.open(family.base))
+    assert adapter.touched()
+    for name in bundle.shared.names:
+        delta = bundle.base_delta.delta(name)
+        assert (delta is None) == (name not in adapter.touched())
+        if delta is not None:
+            torch.testing.assert_close(dense(adapter.delta(name)), dense(delta), atol=1e-5, rtol=1e-4)
+
+
+def test_a_lora_is_exported_for_the_bundles_own_base_alone(run, family, tmp_path):
+    other = family.bundle / "shared"
+    result = run("export-lora", family.bundle, "--base", other, "--out", tmp_path / "lora")
+    assert result.exit_code == 2
+    assert "is not the base that" in result.output
+    assert not (tmp_path / "lora").exists()

@@ -73,3 +73,8 @@ def test_a_guard_stays_with_its_mlp_router(tmp_path):
 def test_a_router_without_a_guard_never_abstains():
     router = MlpRouter.fit(clusters(9, 1), clusters(9, 2), FeatureSpec(pooling="mean"), epochs=1, hidden=8)
     assert not router.abstains(far_off(5, 1)).any()
+
+
+def test_of_no_prompts_nothing_is_left_out():
+    assert fitted().abstains(torch.zeros(0, 8)).shape == (0,)
+    assert level(torch.zeros(0, 8), 2).shape == (0, 8)

@@ -8,7 +8,7 @@ import torch
 
 from experts.errors import RoutingError
 from experts.routing import FeatureSpec, MlpRouter, load_router
-from experts.routing.training import TEMPERATURE_RANGE, calibrate
+from experts.routing.training import CONSTANT, TEMPERATURE_RANGE, Pace, calibrate
 
 SPEC = FeatureSpec(pooling="mean")
 NAMES = ("a", "b", "c")
@@ -165,3 +165,22 @@ def test_an_unknown_kind_of_router_is_refused(tmp_path):
     (tmp_path / "router.json").write_text('{"kind": "oracle"}')
     with pytest.raises(RoutingError, match="'oracle' is unknown"):
         load_router(tmp_path)
+
+
+def test_a_router_is_fitted_at_its_pace_and_refitted_at_the_same(tmp_path):
+    plain, focal = fitted(), fitted(pace=Pace("focal"))
+    assert not torch.equal(plain.layers[0][0], focal.layers[0][0])
+    focal.save(tmp_path)
+    again = load_router(tmp_path).refitted("a", clusters(40, 3)["a"], clusters(10, 4)["a"], seed=0)
+    assert again.record.pace == Pace("focal")
+    plain.save(tmp_path)
+    assert "pace" not in (tmp_path / "router.json").read_text()
+    assert load_router(tmp_path).record.pace == CONSTANT
+
+
+def test_a_refit_is_of_the_size_and_length_of_the_first_fit():
+    router = fitted(hidden=24, epochs=3, learning_rate=2e-3, guard_rate=0.05)
+    again = router.refitted("a", clusters(40, 3)["a"], clusters(10, 4)["a"], seed=0)
+    assert again.layers[0][0].shape == router.layers[0][0].shape
+    assert (again.record.epochs, again.record.learning_rate) == (3, 2e-3)
+    assert again.describe()["guard_rate"] == 0.05

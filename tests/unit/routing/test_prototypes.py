@@ -65,8 +65,13 @@ def test_a_saved_router_is_read_back(kind, guard_rate, tmp_path):
     router.save(tmp_path)
     loaded = load_router(tmp_path)
     rows = torch.cat([clusters(5, 4)["b"], far_off(5, 1)])
-    assert torch.allclose(loaded.probabilities(rows), router.probabilities(rows), atol=0.05)
+    assert torch.equal(loaded.probabilities(rows), router.probabilities(rows))
     assert torch.equal(loaded.abstains(rows), router.abstains(rows))
+    joined = router.refitted("d", clusters(40, 5, names=("d",))["d"], clusters(9, 6, names=("d",))["d"], 0)
+    folder = tmp_path / "joined"
+    folder.mkdir()
+    joined.save(folder)
+    assert torch.equal(load_router(folder).probabilities(rows), joined.probabilities(rows))
     assert (loaded.names, loaded.spec, loaded.generation) == (router.names, SPEC, 3)
     assert loaded.describe().keys() == router.describe().keys()
 

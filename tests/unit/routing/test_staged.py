@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from experts.routing import FeatureSpec, MlpRouter, Router
 from experts.routing.certainty import NEVER, certain_from
 from experts.routing.features import narrowed
 from experts.routing.nested import pack
-from experts.routing.router import Abstaining, Settling
+from experts.routing.router import Abstaining, Settling, judged
 from experts.routing.staged import StagedRouter, first_tap
 
 SPEC = FeatureSpec(layer=16, taps=(4,), pooling="mean")
@@ -72,6 +73,16 @@ def test_probabilities_are_the_coarse_ones_where_settled_and_the_fine_ones_elsew
     assert torch.equal(found[certain], row[certain])
     assert torch.allclose(found[~certain], router.fine.probabilities(features)[~certain])
     assert torch.allclose(found.sum(1), torch.ones(40))
+
+
+def test_a_row_that_was_not_read_deeper_stays_settled_when_its_certainty_rounds_otherwise(router):
+    rows = torch.cat(list(layered(10, 4).values()))[:1]
+    row, certain = router.settles(rows[:, :WIDTH])
+    assert certain.all()
+    just_above = dataclasses.replace(router, certainty=float(row.max()) + 1e-7)
+    found, silent = judged(just_above, torch.cat([rows[:, :WIDTH], torch.full((1, WIDTH), torch.nan)], dim=1))
+    assert torch.equal(found, row)
+    assert not silent.any()
 
 
 def test_layers_that_were_not_read_do_not_matter_to_settled_rows(router):
@@ -231,3 +242,29 @@ def test_a_coarse_stage_that_only_errs_is_never_believed():
     labels, right = torch.zeros(3, dtype=torch.int64), torch.tensor([[0.9, 0.1]] * 3)
     assert certain_from(right.flip(1), right, labels) == NEVER
     assert certain_from(right.flip(1), right, labels, tolerance=1.0) < 1
+
+
+def test_both_answers_of_a_prompt_cost_one_look_of_each_stage(router):
+    asked: list[str] = []
+
+    class Counted(Shy):
+        def probabilities(self, features: torch.Tensor) -> torch.Tensor:
+            asked.append(self.stage.spec.layer)
+            return self.stage.probabilities(features)
+
+    features = layered(10, 4)["c"]
+    counted = dataclasses.replace(
+        router, coarse=Counted(router.coarse, 20), fine=Counted(router.fine, 20), certainty=NEVER
+    )
+    probabilities, silent = judged(counted, features)
+    assert asked == [4, 16]
+    assert torch.equal(probabilities, counted.probabilities(features))
+    assert torch.equal(silent, counted.abstains(features))
+
+
+def test_stages_of_our_own_are_packed_without_a_folder(router, tmp_path, monkeypatch):
+    router.save(tmp_path)
+    written = (tmp_path / "router.json").read_text(), (tmp_path / "router.safetensors").read_bytes()
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", None)
+    router.save(tmp_path)
+    assert ((tmp_path / "router.json").read_text(), (tmp_path / "router.safetensors").read_bytes()) == written

@@ -37,7 +37,8 @@ def test_joining_gives_the_covariance_that_a_fit_of_all_gives(count, seed):
     expected = rows.T @ rows / (3 * count - 3)
     found = joined.basis * joined.values @ joined.basis.T
     rest = joined.rest * (torch.eye(8) - joined.basis @ joined.basis.T)
-    assert torch.allclose(found + rest, expected, atol=1e-3)
+    # Directions are kept in 16 bits.
+    assert torch.allclose(found + rest, expected, atol=2e-3 * float(expected.abs().max()) + 1e-3)
     assert joined.count == 3 * count - 3
     assert joined.names == ("a", "b", "c")
 
@@ -73,10 +74,10 @@ def test_constant_features_give_finite_distances():
     assert torch.isfinite(ClassStatistics.fit(flat).distances(flat["a"])).all()
 
 
-def test_statistics_are_read_back_nearly_as_they_were():
+def test_statistics_are_read_back_as_they_were():
     statistics = ClassStatistics.fit(clusters(50, 1))
     again = ClassStatistics.read(statistics.owners, statistics.tensors("x."), "x.")
     rows = clusters(5, 2)["a"]
-    assert torch.allclose(again.distances(rows), statistics.distances(rows), rtol=1e-2)
+    assert torch.equal(again.distances(rows), statistics.distances(rows))
     with pytest.raises(RoutingError, match="do not fit"):
         ClassStatistics.read(("a",), statistics.tensors())

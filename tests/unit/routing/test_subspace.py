@@ -45,7 +45,7 @@ def made(names=NAMES, **options) -> SubspaceRouter:
     return SubspaceRouter.of(rows, prompts(None, 200, 9), SPEC, **options)
 
 
-@pytest.mark.parametrize("score", ["spectral", "arrow", "residual"])
+@pytest.mark.parametrize("score", ["contrast", "spectral", "arrow", "residual"])
 def test_the_expert_whose_weights_respond_is_chosen_without_any_prompt(score):
     router = made(score=score)
     for column in range(3):
@@ -61,13 +61,33 @@ def test_neutral_prompts_are_left_to_the_shared_expert():
 
 
 def test_an_expert_joins_by_its_weights_and_the_others_keep_their_scores():
-    router = made(("a", "b"))
+    router = made(("a", "b"), score="residual")
     assert isinstance(router, DataFree)
     assert isinstance(router, Abstaining)
     joined = router.joined_data_free("c", weights(2))
     rows = prompts(0, 10, 1)
     assert torch.allclose(joined.scores(rows)[:, :2], router.scores(rows))
     assert (joined.probabilities(prompts(2, 30, 2)).argmax(1) == 2).float().mean() > 0.95
+
+
+def test_an_expert_that_joins_takes_its_prompts_and_no_others():
+    router = made(("a", "b")).joined_data_free("c", weights(2))
+    for column in range(3):
+        assert (
+            router.probabilities(prompts(column, 30, 7 + column)).argmax(1) == column
+        ).float().mean() > 0.95
+
+
+def test_a_router_with_fewer_directions_takes_a_new_expert_with_as_many():
+    wide = torch.cat([weights(2), torch.zeros(3, 2, 4, HIDDEN)], dim=2)
+    narrow, same = (made(("a", "b")).joined_data_free("c", rows) for rows in (wide, weights(2)))
+    assert torch.equal(narrow.rows, same.rows)
+
+
+def test_an_expert_alone_claims_its_own_prompts_only():
+    router = made(("a",))
+    assert not router.abstains(prompts(0, 40, 1)).any()
+    assert router.abstains(prompts(None, 200, 5)).float().mean() > 0.85
 
 
 def known_router(names=("a", "b"), guard_rate=0.02) -> GaussianRouter:
@@ -104,7 +124,7 @@ def test_a_saved_router_is_read_back_as_it_was(known, tmp_path):
     router.save(tmp_path)
     loaded = load_router(tmp_path)
     rows = torch.cat([prompts(2, 10, 1), prompts(None, 10, 2)])
-    assert torch.allclose(loaded.probabilities(rows), router.probabilities(rows), atol=0.05)
+    assert torch.equal(loaded.probabilities(rows), router.probabilities(rows))
     assert torch.equal(loaded.abstains(rows), router.abstains(rows))
     assert (loaded.names, loaded.spec, loaded.generation) == (router.names, SPEC, 4)
     (tmp_path / "router.safetensors").unlink()
@@ -139,6 +159,14 @@ def test_scores_do_not_depend_on_a_states_length(scale, seed):
         assert torch.allclose(
             energies(features, rows, score), energies(features * scale, rows, score), atol=1e-3
         )
+
+
+def test_a_router_of_an_earlier_build_keeps_its_score(tmp_path):
+    router = made(score="residual", temperature=2.0)
+    router.save(tmp_path)
+    loaded = load_router(tmp_path)
+    assert (loaded.score, loaded.temperature, loaded.contrast) == ("residual", 2.0, None)
+    assert made().temperature < 1
 
 
 def test_an_mlp_router_with_a_guard_can_be_inside():
