@@ -11,7 +11,31 @@ from typing import Literal
 from service.errors import TwinserveError
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Pooling = Literal["mean", "last"]
+ConstraintKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
 StepMode = Literal["shared", "factored", "merged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must look like as a whole. Plain data; `service.grammar` compiles it.
+
+    Attributes:
+        kind: how `text` is read.
+            json_object: any JSON object; `text` is empty.
+            json_schema: JSON that validates against the schema, which `text` holds as JSON.
+            regex: what the regular expression matches from beginning to end (Rust's syntax, without
+                look-around and back references; the classes d and w are ASCII).
+            choice: one of the strings of a JSON list.
+            grammar: what a grammar derives: Lark as llguidance reads it, from the rule `start`, with
+                `%json {schema}` for embedded JSON and `<name>` for a special token; or GBNF, from `root`.
+        text: the definition.
+        param: the field as the client wrote it, for messages.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+    param: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +59,14 @@ class SamplingParams:
         logit_bias: (token id, addition) pairs, one for a token, added before everything else (OpenAI).
         logprobs: report the chosen token's log-probability and that many likeliest ones, 0 to 20; None is off.
         prompt_logprobs: the same for every prompt token but the first; None is off.
+        include_stop: what ends the text, a stop string or a stop token, is part of the answer.
+        skip_special: special tokens leave no text.
+        allowed_token_ids: nothing else is ever chosen; None allows all.
+        bad_words: token sequences that must not come up in the answer.
+        constraint: what the answer must look like. It goes before all that asks for a longer answer: the answer
+            ends where the grammar does, whatever `min_tokens` and `ignore_eos` say; until then these two keep it
+            from ending where it may. `max_tokens`, stop strings and stop tokens cut it. Log-probabilities stay
+            the model's own.
     """
 
     max_tokens: int
@@ -53,6 +85,11 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    include_stop: bool = False
+    skip_special: bool = True
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +102,16 @@ class RoutingChoice:
         top_k: keep at most that many gates of the router; None is the server's default.
         threshold: drop the router's gates below it; None is the server's default.
         abstain: let a router that can leave a strange prompt to the shared expert do so.
+        temperature: divides the router's logits before both; 1 leaves them, below 1 sharpens.
+        generations: expert name → the one generation of it that will do.
     """
 
     gates: Mapping[str, float] | None = None
     top_k: int | None = None
     threshold: float | None = None
     abstain: bool = True
+    temperature: float = 1.0
+    generations: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +126,10 @@ class GenerationRequest:
         client: whose fair share it counts against.
         leader: id of an earlier request with the same prompt and routing, whose gates and cached prompt this
             one takes over (parallel sampling); None stands alone.
+        pooling: generate nothing; answer with the states after the final norm of all prompt tokens ("mean") or of
+            the last one. Its gates then hold in all layers for the whole prompt.
+        origin: whatever the asker wants to find in the statistics of its end.
+        grammar: the compiled constraint of `sampling` (`service.grammar.Grammar`); without it the request fails.
     """
 
     id: str
@@ -95,6 +140,14 @@ class GenerationRequest:
     deadline: float | None = None
     client: str = ""
     leader: str | None = None
+    pooling: Pooling | None = None
+    origin: object | None = field(default=None, repr=False, compare=False)
+    grammar: object | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Something is wanted of every prompt token, so that none may come from the prefix cache."""
+        return self.sampling.prompt_logprobs is not None or self.pooling == "mean"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -189,24 +242,31 @@ class TokenLogprobs:
 class TextDelta:
     """New text of a running request: whole characters only, stop strings already cut.
 
-    `text` can be empty while a character is incomplete or a stop string may be starting. `logprobs` has one
-    entry for each of `token_ids` where the request asked for them.
+    `text` can be empty while a character is incomplete or a stop string may be starting, and where the token
+    ends the answer. `logprobs` has one entry for each of `token_ids` where the request asked for them. `routing`
+    comes with a request's first token.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    routing: RoutingOutcome | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The one terminal event of a request that ended well or was cancelled."""
+    """The one terminal event of a request that ended well or was cancelled.
+
+    Attributes:
+        pooled: float32 values of the pooled state, where the request asked for it and was not cancelled.
+    """
 
     reason: FinishReason
     usage: Usage
     routing: RoutingOutcome | None
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    pooled: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +302,12 @@ class ExpertStatus:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """Times of one ended request, seconds on the monotonic clock; None where a stage was not reached."""
+    """Times of one ended request, seconds on the monotonic clock; None where a stage was not reached.
+
+    Attributes:
+        leads: it was the first choice of its prompt, which counts once.
+        origin: as the request had it.
+    """
 
     reason: str
     prompt_tokens: int
@@ -255,6 +320,8 @@ class RequestStats:
     total_seconds: float
     gates: Mapping[str, float]
     abstained: bool = False
+    leads: bool = True
+    origin: object | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from experts.routing import Router
+from service.engine.correction import learn_correction
 from service.engine.costs import measure_costs
 from service.engine.engine import Engine
 from service.engine.host_cache import HostCache
@@ -114,6 +115,7 @@ def assemble(
             end_ids=end_ids(model, tokenizer),
             merged=merged,
             single_pass=options.single_pass,
+            correction=learn_correction(model, tokenizer),
         )
     )
 

@@ -23,7 +23,7 @@ from service.engine.intake import Intake
 from service.engine.live import Live, Question
 from service.engine.parts import EngineParts
 from service.engine.roster import Roster, StepResult
-from service.engine.runner import Conclusion, PromptRows, Step, run_step
+from service.engine.runner import Conclusion, PooledRows, PromptRows, Step, run_step
 from service.engine.sampling.logprobs import prompt_logprobs
 from service.engine.sampling.sample import Chosen, sample
 from service.errors import TwinserveError, as_request_error
@@ -42,6 +42,8 @@ class Engine:
         self.dispatcher = parts.dispatcher
         self.residency = parts.residency
         self.merged = parts.merged
+        self.end_ids = parts.end_ids
+        self._correction = parts.correction
         self._roster = Roster(
             parts.scheduler, parts.dispatcher.catalogue, self._forget, parts.model.cache.wipe
         )
@@ -112,7 +114,7 @@ class Engine:
         """One forward pass and everything that follows from it; `broken` is set if steps keep failing."""
         started, result = time.monotonic(), StepResult()
         step = self._plan(started, result)
-        conclusion = run_step(self.model, step, self.merged)
+        conclusion = run_step(self.model, step, self.merged, self._correction)
         self._conclude(step, conclusion, result)
         self.stalled = not step.participants
         if step.participants:
@@ -189,12 +191,16 @@ class Engine:
             if isinstance(item, Question):
                 self._asking.remove(item)
             self._intake.routed(item, features, result)
+        pooled = [live for rows in conclusion.pooled if (live := self._pool(rows, conclusion, result))]
         if conclusion.logits is not None:
             for rows in conclusion.prompts:
                 self._prompt(rows, conclusion.logits, result)
             self._tokens(conclusion, result)
         else:
             self._advance(conclusion, result)
+        for live in pooled:
+            if live.id in self._roster:
+                self._finish(live, "stop", None, result)
         hopeless = bool(conclusion.failed) and not conclusion.advanced
         self._failures = self._failures + 1 if hopeless else 0
         if self._failures >= _FATAL_AFTER:
@@ -226,6 +232,7 @@ class Engine:
         params, sequence, token = live.request.sampling, live.sequence, chosen.token
         result.generated += 1
         live.merged += mode == "merged"
+        first = live.times.last_token is None
         if live.times.last_token is None:
             live.times.first_token = now
         else:
@@ -235,17 +242,22 @@ class Engine:
         try:
             live.sampling.record(token)
             enough = sequence.generated >= params.min_tokens
-            if enough and token in live.sampling.ends:
-                self._finish(live, "stop", token if token in params.stop_token_ids else None, result)
-                return
-            text = live.text.push(token, may_stop=enough)
+            complete = live.sampling.complete
+            ended = (enough or complete) and token in live.sampling.ends
+            told = params.include_stop or not ended
+            text = live.text.push(token, may_stop=enough and not ended) if told else ""
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
             self._intake.fail(live, error, result)
             return
         logprobs = (chosen.logprobs,) if chosen.logprobs is not None else ()
-        result.events.append((live.id, TextDelta(text, (token,), logprobs)))
-        if live.text.stopped_by is not None:
+        routing = live.outcome if first else None
+        result.events.append((live.id, TextDelta(text, (token,), logprobs, routing)))
+        if ended:
+            self._finish(live, "stop", token if token in params.stop_token_ids else None, result)
+        elif live.text.stopped_by is not None:
             self._finish(live, "stop", live.text.stopped_by, result)
+        elif complete:
+            self._finish(live, "stop", None, result)
         elif sequence.generated >= params.max_tokens:
             self._finish(live, "length", None, result)
 
@@ -261,6 +273,22 @@ class Engine:
             self._intake.fail(live, error, result)
             return
         live.prompt = [*live.prompt[: rows.first - 1], *found]
+
+    def _pool(self, rows: PooledRows, conclusion: Conclusion, result: StepResult) -> Live | None:
+        """Add states to a request's pool; the request, if that was all of its prompt."""
+        if not self._roster.has(rows.sequence) or conclusion.states is None:
+            return None
+        live = self._roster.of(rows.sequence)
+        made = rows.count if conclusion.mode == "merged" else 0
+        # A preempted prompt begins again.
+        live.merged = live.merged + made if rows.sequence.computed else made
+        try:
+            if live.pool is not None and rows.begin < rows.end:
+                live.pool.put(rows.first, conclusion.states[rows.begin : rows.end])
+        except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
+            self._intake.fail(live, error, result)
+            return None
+        return live if rows.whole else None
 
     def _finish(self, live: Live, reason: FinishReason, stop: str | int | None, result: StepResult) -> None:
         self._roster.finish(live, reason, stop, result)

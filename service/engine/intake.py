@@ -7,7 +7,10 @@ from torch import Tensor
 from service.core import GenerationRequest, Pattern, RoutingOutcome
 from service.engine.live import Live, Question, Times
 from service.engine.parts import EngineParts
+from service.engine.pooling import Pool
 from service.engine.roster import Roster, StepResult
+from service.engine.sampling.constrain import Constrain, run_of
+from service.engine.sampling.restrict import restrictions
 from service.engine.sampling.state import RowState
 from service.engine.text import TextStream
 from service.errors import DeadlineExceededError, RequestFailedError, as_request_error
@@ -25,13 +28,25 @@ class Intake:
     def open(self, request: GenerationRequest, arrived: float) -> Live:
         """A request's state before anything has happened."""
         params = request.sampling
-        ends = self._parts.end_ids if not params.ignore_eos else frozenset[int]()
+        run = run_of(request)
+        # With a grammar they come where it ends, also where they are to be ignored until then.
+        ends = frozenset[int]() if params.ignore_eos and run is None else self._parts.end_ids
+        edits = restrictions(params)
+        if run is not None:
+            edits = (*edits, Constrain(run, min_tokens=params.min_tokens, ignore_eos=params.ignore_eos))
         return Live(
             request,
             Sequence(request),
-            RowState.start(params, request.prompt_ids, ends | params.stop_token_ids),
-            TextStream(self._parts.backend, request.prompt_ids, params.stop),
+            RowState.start(params, request.prompt_ids, ends | params.stop_token_ids, edits, run),
+            TextStream(
+                self._parts.backend,
+                request.prompt_ids,
+                params.stop,
+                include_stop=params.include_stop,
+                skip_special=params.skip_special,
+            ),
             Times(arrived),
+            pool=Pool(request.pooling) if request.pooling is not None else None,
         )
 
     def begin(self, live: Live, fixed: tuple[Pattern, RoutingOutcome] | None, result: StepResult) -> None:
@@ -58,7 +73,10 @@ class Intake:
         try:
             if isinstance(features, Exception):
                 raise features
-            pattern, outcome = self._parts.dispatcher.route(_required(features), item.request.routing)
+            # What is pooled is compared with other pools and never rated: nothing is tried out on it.
+            pattern, outcome = self._parts.dispatcher.route(
+                _required(features), item.request.routing, explore=item.pool is None
+            )
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
             self.fail(item, error, result)
             return
@@ -133,6 +151,7 @@ class Intake:
             and spec.layer != -1
             and length <= spec.max_tokens
             and live.request.sampling.prompt_logprobs is None
+            and live.pool is None
             and parts.residency.complete(len(parts.dispatcher.catalogue.current()))
             and parts.scheduler.fits_single_pass(length)
         ):

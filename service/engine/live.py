@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from service.core import GenerationRequest, Pattern, RequestStats, RoutingOutcome, TokenLogprobs, Usage
+from service.engine.pooling import Pool
 from service.engine.sampling.state import RowState
 from service.engine.text import TextStream
 from service.scheduler.sequence import Sequence
@@ -31,7 +32,8 @@ class Live:
         outcome: gates and generations; set by routing, or at once when the client named the gates.
         pattern: the lease that must be given back at the end.
         prompt: log-probabilities of the prompt's tokens but the first, as far as they are known.
-        merged: tokens that materialised weights made.
+        merged: tokens that materialised weights made; of the prompt, where it is pooled.
+        pool: of a request that generates nothing.
     """
 
     request: GenerationRequest
@@ -43,6 +45,7 @@ class Live:
     outcome: RoutingOutcome | None = None
     prompt: list[TokenLogprobs] = field(default_factory=list)
     merged: int = 0
+    pool: Pool | None = None
 
     @property
     def id(self) -> str:
@@ -62,7 +65,8 @@ class Live:
     @property
     def told(self) -> RoutingOutcome | None:
         """What the answer says of its gates."""
-        if self.outcome is not None and 2 * self.merged > self.sequence.generated:
+        made = self.sequence.generated if self.pool is None else self.sequence.prompt_length
+        if self.outcome is not None and 2 * self.merged > made:
             return replace(self.outcome, mode="merged")
         return self.outcome
 
@@ -74,18 +78,23 @@ class Live:
         def between(start: float | None, end: float | None) -> float | None:
             return None if start is None or end is None else end - start
 
+        # A pool is all prefill.
+        pooled = now if self.pool is not None and self.pool.value is not None else None
+
         return RequestStats(
             reason=reason,
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             queue_seconds=between(times.arrived, times.admitted),
             route_seconds=between(times.arrived, times.routed) if self.was_routed else None,
-            prefill_seconds=between(times.admitted, times.first_token),
+            prefill_seconds=between(times.admitted, times.first_token or pooled),
             decode_seconds=between(times.first_token, now),
             first_token_seconds=between(times.arrived, times.first_token),
             total_seconds=now - times.arrived,
             gates=dict(self.outcome.gates) if self.outcome else {},
             abstained=self.outcome is not None and self.outcome.abstained,
+            leads=self.request.leader is None,
+            origin=self.request.origin,
         )
 
 

@@ -76,6 +76,7 @@ class Batch:
     Attributes:
         tokens, positions: (tokens,) each, in packing order.
         kept: indices of the tokens whose logits are wanted.
+        pooled: indices of the tokens whose states behind the final norm are wanted; none of a segment.
         counts: tokens of every run of tokens with the same gates, in packing order, segments included.
         keeps: how many of each run are kept.
         patterns: gates of every run in the layers from the routing depth on.
@@ -90,6 +91,7 @@ class Batch:
     positions: list[int] = field(default_factory=list)
     layout: PackLayout = field(default_factory=PackLayout)
     kept: list[int] = field(default_factory=list)
+    pooled: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     keeps: list[int] = field(default_factory=list)
     patterns: list[Pattern] = field(default_factory=list)
@@ -108,11 +110,13 @@ class Forward:
         logits: (kept tokens, vocabulary) in the model's dtype.
         features: (segments, feature width) float32, one for every prompt that was routed, NaN in the layers that
             were not read for a settled one; None without a router.
+        states: (pooled tokens, hidden) in the model's dtype; None if there are none.
     """
 
     logits: Tensor
     features: Tensor | None
     gates: GatePlan
+    states: Tensor | None = None
 
 
 class _Reached(Exception):  # noqa: N818 - ends a pass early, nothing is wrong
@@ -163,6 +167,7 @@ class SharedModel:
         self.bank = ExpertBank(self.model, native=self.native, pack_base=options.pack_base)
         self._batch: Batch | None = None
         self._reading: Reading | None = None
+        self._states: Tensor | None = None
         self._hook()
         self._probe()
         if self.bank.packed or self.native is not None:
@@ -174,6 +179,11 @@ class SharedModel:
         embedding = self.model.get_input_embeddings().weight
         assert isinstance(embedding, Tensor)
         return embedding.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Values of a final state."""
+        return int(self.model.config.get_text_config().hidden_size)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Forward:
@@ -216,11 +226,15 @@ class SharedModel:
             with self.bank.after_layers(kept=False):
                 reading.take(parts.norm(hidden[cached:][None])[0], begin=cached)
         features = None if reading is None else reading.features()
+        states = None
+        if batch.pooled:
+            with self.bank.at(batch.pooled):
+                states = parts.norm(hidden[batch.pooled][None])[0]
         if not batch.kept:
-            return Forward(hidden.new_empty(0, self.vocabulary), features, plan)
+            return Forward(hidden.new_empty(0, self.vocabulary), features, plan, states)
         chosen = hidden[batch.kept] if len(batch.kept) < hidden.shape[0] else hidden
         with self.bank.after_layers(kept=True):
-            return Forward(parts.head(parts.norm(chosen[None]))[0], features, plan)
+            return Forward(parts.head(parts.norm(chosen[None]))[0], features, plan, states)
 
     def _settled(self, native: NativeDecoder, batch: Batch, reading: Reading, hidden: Tensor) -> Tensor:
         """The states without those of segments whose gates are certain after the first tap."""
@@ -300,10 +314,20 @@ class SharedModel:
             logits = torch.empty(0, self.vocabulary, dtype=self.model.dtype, device=self.device)
         finally:
             reading, self._batch, self._reading = self._reading, None, None
-        return Forward(logits, None if reading is None else reading.features(), plan)
+            states, self._states = self._states, None
+        return Forward(logits, None if reading is None else reading.features(), plan, states)
 
     def _hook(self) -> None:
-        """Inside the model's own pass: keep what the router reads, and set the gates that hold from there on."""
+        """Inside the model's own pass: keep what the router reads, and set the gates that hold from there on.
+
+        And keep the final states of tokens that are pooled.
+        """
+
+        def ended(_module: object, _args: object, output: object) -> None:
+            if self._batch is not None and self._batch.pooled:
+                self._states = _states(output)[self._batch.pooled]
+
+        self.model.base_model.register_forward_hook(ended)
         if self.spec is None:
             return
 

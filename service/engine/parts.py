@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from service.engine.correction import Correction
 from service.engine.merged import MergedWeights
 from service.engine.model import SharedModel
 from service.engine.residency import Residency
@@ -20,6 +21,7 @@ class EngineParts:
         end_ids: the model's end-of-sequence token ids.
         merged: materialised weights; None where the model has no compiled layers.
         single_pass: route prompts in the middle of their own prefill where that is possible.
+        correction: of the features that rounded weights give; None where none are rounded.
     """
 
     model: SharedModel
@@ -30,3 +32,4 @@ class EngineParts:
     end_ids: frozenset[int]
     merged: MergedWeights | None = None
     single_pass: bool = False
+    correction: Correction | None = None

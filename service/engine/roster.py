@@ -102,7 +102,9 @@ class Roster:
             if rest:
                 result.events.append((live.id, TextDelta(rest, ())))
         prompt = tuple(live.prompt) if live.request.sampling.prompt_logprobs is not None else None
-        result.events.append((live.id, Finished(reason, live.usage, live.told, stop_reason, prompt)))
+        pooled = live.pool.value if live.pool is not None and reason != "cancelled" else None
+        end = Finished(reason, live.usage, live.told, stop_reason, prompt, pooled)
+        result.events.append((live.id, end))
         self._drop(live, reason, result)
 
     def fail(self, live: Live, error: TwinserveError, result: StepResult) -> None:

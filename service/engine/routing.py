@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from experts.routing import SHARED_ARM, Abstaining, Decision, Router, Settling, select_gates
+from experts.routing import SHARED_ARM, Decision, Router, Settling, judged, select_gates
 from service.core import Pattern, RoutingChoice, RoutingOutcome
 from service.errors import InvalidRequestError
 from service.scheduler.catalogue import Catalogue
@@ -45,7 +46,7 @@ class Dispatcher:
         Raises:
             UnknownExpertError: a name is not registered.
         """
-        pattern = self.catalogue.lease(choice.gates or {})
+        pattern = self.catalogue.lease(choice.gates or {}, choice.generations)
         return pattern, outcome(pattern)
 
     def settles(self, features: Tensor) -> list[bool]:
@@ -77,7 +78,8 @@ class Dispatcher:
             raise InvalidRequestError(
                 "this bundle has no router; name an expert as model, or give gates", param="model"
             )
-        row = router.probabilities(features[None])[0]
+        found, silent = judged(router, features[None])
+        row = _tempered(found[0], choice.temperature)
         known = self.catalogue.current()
         scores = dict(zip(router.names, row.tolist(), strict=True))
         usable = [name for name in router.names if name in known]
@@ -95,9 +97,7 @@ class Dispatcher:
         )
         if decision is not None and decision.alone is not None:
             gates = {} if decision.alone == SHARED_ARM else {decision.alone: 1.0}
-        abstained = False
-        if choice.abstain and isinstance(router, Abstaining):
-            abstained = bool(router.abstains(features[None])[0])
+        abstained = choice.abstain and bool(silent[0])
         pattern = self.catalogue.lease({} if abstained else gates)
         told = outcome(pattern, router.generation, scores, abstained=abstained)
         if decision is not None:
@@ -124,6 +124,14 @@ def outcome(
         scores=scores or {},
         abstained=abstained,
     )
+
+
+def _tempered(row: Tensor, temperature: float) -> Tensor:
+    """(experts,) probabilities whose logits are divided by the temperature: p^(1/T), summing to 1 again."""
+    if temperature == 1.0:
+        return row
+    # In logarithms and float64: a high power of a small probability must not become nothing.
+    return torch.softmax(row.to(torch.float64).log() / temperature, dim=0)
 
 
 def _first(*values: float | None) -> float:

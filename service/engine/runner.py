@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from service.core import Pattern, StepMode
+from service.engine.correction import Correction
 from service.engine.layout import Chunk, Decode, PackLayout, Segment
 from service.engine.live import Live, Question
 from service.engine.merged import MergedWeights
@@ -62,6 +63,25 @@ class PromptRows:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class PooledRows:
+    """Final states of prompt tokens that a request wants pooled.
+
+    Attributes:
+        first: position of the first row's token.
+        begin, end: rows of the conclusion's states; the last token's alone, or none, where only that one counts.
+        whole: they are the last of the prompt.
+        count: prompt tokens of its chunk.
+    """
+
+    sequence: Sequence
+    first: int
+    begin: int
+    end: int
+    whole: bool
+    count: int
+
+
 @dataclass(slots=True)
 class Conclusion:
     """What came of a step.
@@ -70,6 +90,8 @@ class Conclusion:
         logits: (kept, vocabulary); None if no token's logits were wanted.
         sampled: (sequence, row of `logits`) of every sequence that gets a token.
         prompts: rows of prompt tokens.
+        states: (pooled tokens, hidden) behind the final norm; None if nobody pools.
+        pooled: rows of `states`.
         advanced: sequences and how many of their tokens are newly in the cache.
         routed: router input → features (d,) or the error.
         failed: sequences whose own computation raised.
@@ -82,13 +104,20 @@ class Conclusion:
     logits: Tensor | None = None
     sampled: list[tuple[Sequence, int]] = field(default_factory=list)
     prompts: list[PromptRows] = field(default_factory=list)
+    states: Tensor | None = None
+    pooled: list[PooledRows] = field(default_factory=list)
     advanced: list[tuple[Sequence, int]] = field(default_factory=list)
     routed: list[tuple[Live | Question, Tensor | Exception | None]] = field(default_factory=list)
     failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
 
 
 @torch.inference_mode()
-def run_step(model: SharedModel, step: Step, merged: MergedWeights | None = None) -> Conclusion:
+def run_step(
+    model: SharedModel,
+    step: Step,
+    merged: MergedWeights | None = None,
+    correction: Correction | None = None,
+) -> Conclusion:
     """Run a step; if it raises, run every participant alone and fail only those that raise again.
 
     Re-running is harmless: a sequence writes the same cache positions with the same values.
@@ -96,7 +125,7 @@ def run_step(model: SharedModel, step: Step, merged: MergedWeights | None = None
     if not step.participants:
         return Conclusion()
     try:
-        return _run(model, step, merged)
+        return _run(model, step, merged, correction)
     except Exception as error:
         if step.participants == 1:
             logger.exception("a step with one participant failed")
@@ -110,7 +139,7 @@ def run_step(model: SharedModel, step: Step, merged: MergedWeights | None = None
             for item, ids in zip(step.routed, step.routed_ids, strict=True)
         ),
     ]
-    return _joined([run_step(model, part) for part in parts])
+    return _joined([run_step(model, part, correction=correction) for part in parts])
 
 
 class _Packing:
@@ -120,6 +149,7 @@ class _Packing:
         self.batch = Batch()
         self.sampled: list[tuple[Sequence, int]] = []
         self.prompts: list[PromptRows] = []
+        self.pooled: list[PooledRows] = []
         self.chunks: list[Chunk] = []
         self.late: dict[int, Segment] = {}
         self.unrouted: dict[int, Sequence] = {}
@@ -145,7 +175,9 @@ class _Packing:
             self.prompts.append(PromptRows(sequence, start + 1, kept, kept + wanted))
             self.batch.kept.extend(range(begin, begin + wanted))
             self.batch.keeps[-1] += wanted
-        if part.count == sequence.pending:
+        if sequence.request.pooling is not None:
+            self._pool(part, begin, start)
+        elif part.count == sequence.pending:
             self.sampled.append((sequence, len(self.batch.kept)))
             self._keep(1)
 
@@ -159,6 +191,16 @@ class _Packing:
         self.batch.patterns.append(_SHARED)
         self.batch.lower.append(_SHARED)
         return Segment(begin, len(self.batch.tokens))
+
+    def _pool(self, part: PrefillChunk, begin: int, start: int) -> None:
+        """States are wanted instead of a token: of the whole chunk, or of the prompt's last token."""
+        sequence, row = part.sequence, len(self.batch.pooled)
+        whole = part.count == sequence.pending
+        wanted = part.count if sequence.request.pooling == "mean" else int(whole)
+        end = begin + part.count
+        self.batch.pooled.extend(range(end - wanted, end))
+        first = start + part.count - wanted
+        self.pooled.append(PooledRows(sequence, first, row, row + wanted, whole, part.count))
 
     def _keep(self, count: int) -> None:
         """The last tokens' logits are wanted."""
@@ -179,7 +221,9 @@ class _Packing:
                 batch.lower.append(lower)
 
 
-def _run(model: SharedModel, step: Step, merged: MergedWeights | None) -> Conclusion:
+def _run(
+    model: SharedModel, step: Step, merged: MergedWeights | None, correction: Correction | None
+) -> Conclusion:
     plan, packing = step.plan, _Packing()
     decode = tuple(packing.decode(sequence) for sequence in plan.decode)
     for part in plan.prefill:
@@ -198,7 +242,7 @@ def _run(model: SharedModel, step: Step, merged: MergedWeights | None) -> Conclu
         batch.base = merged.choose(batch.patterns, len(batch.tokens))
         if batch.base != SHARED_BASE:
             batch.patterns = batch.lower = [_SHARED] * len(batch.patterns)
-    output = model.forward(batch)
+    output = model.forward(batch) if correction is None else correction.forward(model, batch)
     mode: StepMode = "factored" if output.gates.active else "shared"
     return Conclusion(
         mode="merged" if batch.base != SHARED_BASE else mode,
@@ -208,6 +252,8 @@ def _run(model: SharedModel, step: Step, merged: MergedWeights | None) -> Conclu
         logits=output.logits if batch.kept else None,
         sampled=packing.sampled,
         prompts=packing.prompts,
+        states=output.states,
+        pooled=packing.pooled,
         advanced=[(s, 1) for s in plan.decode] + [(part.sequence, part.count) for part in plan.prefill],
         routed=[
             (item, None if output.features is None else output.features[index].cpu())
@@ -243,8 +289,11 @@ def _joined(parts: list[Conclusion]) -> Conclusion:
         failed=[f for part in parts for f in part.failed],
     )
     logits: list[Tensor] = []
-    rows = 0
+    states = [part.states for part in parts if part.states is not None]
+    rows = row = 0
     for part in parts:
+        whole.pooled += [replace(p, begin=row + p.begin, end=row + p.end) for p in part.pooled]
+        row += 0 if part.states is None else len(part.states)
         if part.logits is None:
             continue
         whole.sampled += [(sequence, rows + row) for sequence, row in part.sampled]
@@ -252,4 +301,5 @@ def _joined(parts: list[Conclusion]) -> Conclusion:
         logits.append(part.logits)
         rows += len(part.logits)
     whole.logits = torch.cat(logits) if logits else None
+    whole.states = torch.cat(states) if states else None
     return whole

@@ -154,6 +154,22 @@ class ExpertBank:
         finally:
             self.state.gates = held
 
+    @contextmanager
+    def at(self, tokens: Sequence[int]) -> Iterator[None]:
+        """What stands behind the decoder layers, but for the head, sees these tokens of the step alone."""
+        held = self.state.gates
+        if held is not None:
+            rows = torch.tensor(tokens, device=self.device)
+            self.state.gates = GateTensors(
+                [gates.index_select(0, rows) for gates in held.rows],
+                held.experts.index_select(0, rows),
+                held.fine,
+            )
+        try:
+            yield
+        finally:
+            self.state.gates = held
+
     def probe(self, tokens: int, forward: Callable[[], object]) -> list[str]:
         """Run one plain pass of `tokens` tokens in which layers learn their axes; returns problems found."""
         self._clear_gates()

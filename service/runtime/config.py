@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from service.engine.assembly import EngineOptions
+from service.grammar import GrammarOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +13,8 @@ class RuntimeConfig:
     Attributes:
         engine: everything about the engine itself; its context is cut to the model's own.
         max_queue: requests that may wait beyond those that run.
+        backlog: events of one request that may wait to be read.
+        grammars: bounds of constraints on answers.
         device: torch device, or "auto" for CUDA where there is one.
         dtype: torch dtype name, or "auto" for bfloat16.
         threads: intra-op threads of the engine; None leaves torch's choice.
@@ -28,3 +31,5 @@ class RuntimeConfig:
     max_experts: int | None = None
     max_expert_bytes: int | None = None
     pinned_experts: tuple[str, ...] = ()
+    backlog: int = 1024
+    grammars: GrammarOptions = field(default_factory=GrammarOptions)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from experts.bundle import ExpertWeights
 from experts.routing import Router
 from service.core import (
+    Constraint,
     EngineGauges,
     Event,
     ExpertStatus,
@@ -29,6 +30,7 @@ from service.engine.engine import Engine
 from service.engine.live import Question
 from service.engine.roster import StepResult
 from service.errors import (
+    ConflictError,
     ContextLengthError,
     EngineDeadError,
     ExpertNotFoundError,
@@ -39,6 +41,7 @@ from service.errors import (
 )
 from service.feedback import Feedback
 from service.gating.resident import ResidentExpert
+from service.grammar import Grammar, Grammars
 from service.runtime.config import RuntimeConfig
 from service.runtime.generation import Generation
 from service.runtime.thread import Command, EngineThread, StatsSink
@@ -64,15 +67,20 @@ class Runtime:
         self.tokenizer = tokenizer
         self.bundle_name = bundle_name
         self.vocab_size = engine.model.vocabulary
+        self.state_size = engine.model.width
         self.max_context = engine.model.options.max_tokens
         self.max_batch = config.engine.limits.max_running
-        self._engine = engine
+        self._served: Engine | None = engine
+        self._last: EngineGauges | None = None
         self._beside = beside
         self._limit = self.max_batch + config.max_queue
+        self._backlog = config.backlog
         self._generations: dict[str, Generation] = {}
         self._asked = 0
         self._draining = False
         self._feedback: Feedback | None = None
+        self._grammars = Grammars(tokenizer, self.vocab_size, sorted(engine.end_ids), config.grammars)
+        self._grammars.prepare()
         self._thread = EngineThread(engine, self._deliver, self._end_all, stats, config.threads)
         engine.residency.loader.on_loaded = self._thread.nudge
         self._thread.start()
@@ -85,6 +93,7 @@ class Runtime:
         Raises:
             EngineDeadError, ShuttingDownError, QueueFullError: nothing can be taken now.
             ContextLengthError, InvalidRequestError: the prompt does not fit the model.
+            ConflictError: a request of that id is running.
             UnknownExpertError: a gate names an expert that is not registered.
         """
         self._check_open()
@@ -96,12 +105,18 @@ class Runtime:
                 retry_after=1.0,
             )
         if request.id in self._generations:
-            raise InvalidRequestError(f"a request with id {request.id!r} is running", param="request_id")
+            raise ConflictError(
+                f"a request of id {request.id!r} is running; wait for its end, or send another request_id or "
+                "X-Request-Id",
+                param="request_id",
+            )
         engine, arrived = self._engine, time.monotonic()
         if request.routing.gates is None:
             self._check_router()
         fixed = engine.dispatcher.fixed(request.routing) if request.routing.gates is not None else None
-        generation = Generation(asyncio.get_running_loop(), lambda: self._cancel(request.id), request.client)
+        generation = Generation(
+            asyncio.get_running_loop(), lambda: self._cancel(request.id), request.client, self._backlog
+        )
         self._generations[request.id] = generation
         try:
             self._thread.send(lambda result: engine.add(request, fixed, arrived, result))
@@ -109,6 +124,16 @@ class Runtime:
             del self._generations[request.id]
             raise
         return generation
+
+    async def compile(self, constraint: Constraint) -> Grammar:
+        """What a request with this constraint needs; remembered, off the event loop and the engine's thread.
+
+        Raises:
+            InvalidRequestError: it cannot be compiled; names the field.
+            LimitExceededError: it is beyond a bound.
+            QueueFullError, ShuttingDownError: nothing can be compiled now.
+        """
+        return await self._grammars.get(constraint)
 
     async def route(self, prompts: Sequence[tuple[int, ...]], choice: RoutingChoice) -> list[RoutingOutcome]:
         """What the router would choose for each prompt, without generating.
@@ -153,6 +178,11 @@ class Runtime:
         return np.asarray(torch.stack(rows).numpy(), dtype=np.float32)
 
     # -- experts ------------------------------------------------------------------------------------
+
+    def router_names(self) -> tuple[str, ...]:
+        """The bundle's routers, by kind; there is one, or none."""
+        router = self._engine.dispatcher.router
+        return () if router is None else (router.kind,)
 
     def expert_names(self) -> frozenset[str]:
         """Every expert that can be named; cheap, for every request."""
@@ -241,7 +271,10 @@ class Runtime:
         return self.alive and not self._draining
 
     def gauges(self) -> EngineGauges:
-        """A snapshot for metrics; any thread."""
+        """A snapshot for metrics; any thread. After `close` the last one."""
+        served, last = self._served, self._last
+        if served is None and last is not None:
+            return last
         return self._engine.gauges(alive=self.alive)
 
     async def drain(self, timeout: float) -> None:
@@ -255,13 +288,32 @@ class Runtime:
             await self._call(lambda result: self._engine.fail_all(error, result))
 
     def close(self) -> None:
-        """End the engine thread; live requests get an error. Blocks until it has ended."""
+        """End the engine thread; live requests get an error. Blocks until it has ended.
+
+        Weights and KV cache go with it, whoever still holds the runtime: an app's routes do for as long as it lives.
+        """
         self._draining = True
         self._thread.close()
         if self._feedback is not None:
             self._feedback.close()
+        self._grammars.close()
         for executor in self._beside:
             executor.shutdown(wait=False, cancel_futures=True)
+        if self._served is not None:
+            self._last = self._served.gauges(alive=False)
+            self._served = None
+
+    @property
+    def _engine(self) -> Engine:
+        """The engine.
+
+        Raises:
+            EngineDeadError: the runtime is closed.
+        """
+        served = self._served
+        if served is None:
+            raise self._thread.dead()
+        return served
 
     def _prepare(self, expert: ExpertWeights) -> ResidentExpert:
         """On a worker thread, with one torch thread: see `open_runtime`."""
@@ -349,7 +401,9 @@ class Runtime:
             self._thread.send(lambda result: self._engine.cancel(request_id, result))
 
     def _rateable(self, request_id: str, client: str, event: Event) -> None:
-        if self._feedback is not None and isinstance(event, Finished) and event.routing is not None:
+        if self._feedback is None or not isinstance(event, Finished) or event.pooled is not None:
+            return
+        if event.routing is not None:
             self._feedback.routed(request_id, client, event.routing)
 
     def _end_all(self, error: TwinserveError) -> None:

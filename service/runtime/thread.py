@@ -129,6 +129,8 @@ class EngineThread:
             commands = list(self._inbox)
             self._inbox.clear()
         self._end(commands, error)
+        # Whoever keeps this thread's owner must not keep weights and KV cache with it.
+        del self._engine
 
     def _turn(self) -> bool:
         """Take commands, run a step, send its events; False when it is time to stop."""

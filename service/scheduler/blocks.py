@@ -99,7 +99,7 @@ class KvBlocks:
         """Leading tokens whose keys and values are in the cache, whole blocks; at least one is left over."""
         if not self.prefix_cache or not sequence.shareable or sequence.pattern is None:
             return 0
-        if sequence.request.sampling.prompt_logprobs is not None and not sequence.generated:
+        if sequence.request.reads_prompt and not sequence.generated:
             return 0
         whole = (len(sequence.tokens) - 1) // BLOCK_TOKENS
         extend(sequence, whole)

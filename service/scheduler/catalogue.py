@@ -33,11 +33,15 @@ class Catalogue:
             old = self._current.pop(name, None)
             return self._collect([old] if old is not None else [])
 
-    def lease(self, gates: Mapping[str, float]) -> Pattern:
+    def lease(self, gates: Mapping[str, float], generations: Mapping[str, int] | None = None) -> Pattern:
         """Bind expert names to their current generations and hold those; zero gates are dropped.
 
+        Args:
+            gates: name → weight.
+            generations: name → the generation that must be the current one.
+
         Raises:
-            UnknownExpertError: a name is not registered; nothing is held then.
+            UnknownExpertError: a name is not registered, or another generation is; nothing is held then.
         """
         with self._lock:
             for name in gates:
@@ -45,6 +49,12 @@ class Catalogue:
                     known = ", ".join(sorted(self._current)) or "none"
                     raise UnknownExpertError(
                         f"no expert named {name!r}; registered: {known}", param=f"gates.{name}"
+                    )
+                now = self._current[name].generation
+                if generations and generations.get(name, now) != now:
+                    raise UnknownExpertError(
+                        f"generation {generations[name]} of {name!r} is not live; {now} is",
+                        param=f"gates.{name}",
                     )
             bound = sorted((self._current[name], float(weight)) for name, weight in gates.items() if weight)
             for key, _ in bound:

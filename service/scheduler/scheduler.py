@@ -161,7 +161,7 @@ class Scheduler:
         if not sequence.root:
             root_of(sequence)
         self.kv.advance(sequence, count)
-        if sequence.computed == len(sequence.tokens):
+        if sequence.computed == len(sequence.tokens) and sequence.request.pooling is None:
             self.shares.charge(sequence, generated=1)
         if proves:
             self._lead_on(sequence, proven=True)
@@ -238,7 +238,7 @@ class Scheduler:
 
     def _follows(self, sequence: Sequence) -> bool:
         """Waiting for its leader's prompt would spare it work."""
-        return self.kv.prefix_cache and sequence.request.sampling.prompt_logprobs is None
+        return self.kv.prefix_cache and not sequence.request.reads_prompt
 
     def _lead_on(self, leader: Sequence, *, proven: bool) -> None:
         """A prompt is in the cache, or its sequence is gone and the first follower leads the others."""

@@ -246,7 +246,7 @@ def test_stop_ids_end_of_sequence_and_minimum_length_decide_the_end(path):
     harness.run()
     ended = harness.finished("stop")
     assert (ended.reason, ended.stop_reason) == ("stop", third)
-    assert harness.tokens("stop") == expected[:first]
+    assert harness.tokens("stop") == expected[: first + 1]
     assert ended.usage.completion_tokens == first + 1
     assert harness.finished("one").reason == "length"
 

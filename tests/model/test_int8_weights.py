@@ -6,12 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experts.routing import extract_features, neutral_prompts, render_prompts
+from service.engine.live import Question
 from service.engine.model import UnsupportedModelError
 from service.native.quantise import dequantised
 from service.serve import runtime_config
 from service.settings import Settings
 from tests.fixtures.tiny import VOCABULARY
 from tests.model.harness import GREEDY, Harness, inner, materialised, prompt_ids, random_expert, reference
+from tests.model.routers import random_router
 
 MIXES = [{}, {"e0": 1.0}, {"e0": 0.5, "e1": 0.5}, {"e1": -0.5}]
 
@@ -60,3 +63,35 @@ def test_a_lone_pattern_stays_in_factors(llama, plain_llama):
 def test_the_setting_reaches_the_model():
     assert runtime_config(Settings(shared_weights="int8")).engine.model.int8
     assert not runtime_config(Settings()).engine.model.int8
+
+
+def test_router_features_are_moved_back_to_those_of_the_exact_weights(llama, plain_llama):
+    router = random_router(llama, ("e0", "e1"), layer=2, taps=(1,), pooling="mean_last")
+    experts = [random_expert(plain_llama, f"e{i}", seed=i) for i in range(2)]
+    harness = Harness(llama, experts, router=router, native="on", int8=True)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    prompts = [tuple(ids) for ids in render_prompts(tokenizer, neutral_prompts(tokenizer, 40, seed=1))]
+    exact = extract_features(plain_llama, prompts, router.spec)
+
+    def move() -> float:
+        """Length of the mean difference."""
+        found: list[torch.Tensor] = []
+        for ids in prompts:
+            harness.engine.ask(Question(ids, found.append, lambda: False))
+        while harness.engine.busy:
+            harness.engine.step()
+        return float((torch.stack(found) - exact).mean(0).norm())
+
+    corrected = move()
+    harness.engine._correction = None
+    assert corrected < 0.7 * move()
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_only_rounded_weights_are_corrected_and_only_for_a_router(llama, plain_llama, int8):
+    router = random_router(llama, ("e0",), layer=1)
+    harness = Harness(
+        llama, [random_expert(plain_llama, "e0", seed=0)], router=router, native="on", int8=int8
+    )
+    assert (harness.engine._correction is not None) == int8
+    assert Harness(llama, [], native="on", int8=int8).engine._correction is None

@@ -1,7 +1,9 @@
 """From the event loop: one terminal event always, nothing waits for ever, experts change under way."""
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,6 +15,7 @@ from service.core import Failed, Finished, GenerationRequest, RoutingChoice, Sam
 from service.engine.assembly import EngineOptions
 from service.engine.model import ModelOptions
 from service.errors import (
+    ConflictError,
     ContextLengthError,
     DeadlineExceededError,
     EngineDeadError,
@@ -156,7 +159,7 @@ def test_a_running_id_cannot_be_used_twice(bundle):
     async def scenario() -> None:
         async with _open(bundle) as runtime:
             first = runtime.submit(_request("same", tokens=50))
-            with pytest.raises(InvalidRequestError, match="same"):
+            with pytest.raises(ConflictError, match="same"):
                 runtime.submit(_request("same"))
             assert isinstance((await _events(first))[-1], Finished)
 
@@ -339,7 +342,7 @@ def test_route_explains_without_generating(bundle):
             assert not recorder.requests
             events = await _events(runtime.submit(_request("r", seed=0)))
             assert events[-1].routing.router_generation == bundle.router().generation
-        assert [s.leases for s in runtime.experts()] == [0, 0, 0]
+            assert [s.leases for s in runtime.experts()] == [0, 0, 0]
 
     asyncio.run(scenario())
 
@@ -397,3 +400,23 @@ def test_a_prompt_that_the_whole_cache_could_not_hold_is_refused_by_name(bundle)
                 runtime.submit(_request("r", tokens=60))
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("native", ["off", "auto"])
+def test_a_closed_runtime_lets_go_of_weights_and_cache_and_keeps_its_last_gauges(bundle, native):
+    async def scenario() -> Runtime:
+        async with _open(bundle, engine={"model": ModelOptions(kv_bytes=2**20, native=native)}) as runtime:
+            await _events(runtime.submit(_request("r", {"alpha": 1.0})))
+            engine = runtime._engine
+            held.extend(map(weakref.ref, (engine, engine.model, engine.model.cache, engine.model.model)))
+            return runtime
+
+    held: list[weakref.ref] = []
+    runtime = asyncio.run(scenario())
+    gc.collect()
+    assert [reference() for reference in held] == [None] * 4
+    assert runtime.gauges().running == 0
+    assert not runtime.ready
+    with pytest.raises(EngineDeadError, match="closed"):
+        runtime.expert_names()
+    runtime.close()

@@ -1,1 +1,1 @@
-"""Logits → one token for every row. Imports torch, core and nothing else of ours. Start at `sample.py`."""
+"""Logits → one token for every row. Imports torch, core, errors and grammar. Start at `sample.py`."""

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.engine.sampling.state import NotFiniteError, RowState
+from service.errors import InvalidRequestError
 
 
 def edit(logits: Tensor, rows: Sequence[RowState]) -> dict[int, Exception]:
@@ -39,6 +40,11 @@ def edit(logits: Tensor, rows: Sequence[RowState]) -> dict[int, Exception]:
         try:
             for processor in state.processors:
                 logits[row] = _processed(processor(state.tokens, logits[row]), logits[row])
+            if state.processors and bool(logits[row].amax() == -torch.inf):
+                raise InvalidRequestError(
+                    "No token is left to choose: what allowed_token_ids, bad_words, min_tokens and a grammar "
+                    "forbid here is every token. Allow more, or let the answer end sooner."
+                )
         except Exception as error:  # noqa: BLE001 belongs to this row alone
             errors[row] = error
     return errors

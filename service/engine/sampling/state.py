@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.core import SamplingParams
+from service.grammar import Run
 
 
 class NotFiniteError(RuntimeError):
@@ -75,6 +76,7 @@ class RowState:
         tally: what the penalties look at; empty unless one is on.
         bias: token ids (n,) and what is added to them (n,), from `logit_bias`.
         forbidden: the `ends`, (n,).
+        run: the way through the request's grammar.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class RowState:
         stream: random.Random,
         prompt_ids: Sequence[int] = (),
         processors: Sequence[LogitsProcessor] = (),
+        run: Run | None = None,
     ) -> None:
         self.params = params
+        self.run = run
         self.ends = ends
         self.processors = tuple(processors)
         self.tokens: list[int] = []
@@ -113,10 +117,11 @@ class RowState:
         prompt_ids: Sequence[int],
         ends: frozenset[int],
         processors: Sequence[LogitsProcessor] = (),
+        run: Run | None = None,
     ) -> "RowState":
         """State before the first token; a seed of None draws a fresh one."""
         stream = random.Random(params.seed)  # noqa: S311 sampling, not secrets
-        return cls(params, ends, stream, prompt_ids, processors)
+        return cls(params, ends, stream, prompt_ids, processors, run)
 
     def record(self, token: int) -> None:
         """Count a chosen token; the next choice uses the next random number."""
@@ -124,6 +129,13 @@ class RowState:
         self.tokens.append(token)
         if self.penalised:
             self.tally.add(token)
+        if self.run is not None:
+            self.run.advance(token)
+
+    @property
+    def complete(self) -> bool:
+        """A grammar allows nothing more."""
+        return self.run is not None and self.run.complete
 
     def point(self) -> float:
         """This position's uniform number in [0, 1): the same until a token is recorded, so a choice that has

@@ -33,6 +33,12 @@ def _pieces(backend, text, stops=(), prompt="", **push) -> tuple[list[str], Text
     return pieces, stream
 
 
+def _byte(value: int) -> str:
+    """How a byte-level vocabulary writes a byte: printable Latin-1 is itself, the others follow from U+0100 on."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return chr(value) if value in kept else chr(0x100 + sum(other not in kept for other in range(value)))
+
+
 @given(text=st.text(max_size=40), prompt=st.text(max_size=10))
 def test_any_text_round_trips_without_half_characters(backend, text, prompt):
     pieces, stream = _pieces(backend, text, prompt=prompt)
@@ -44,10 +50,24 @@ def test_a_character_of_several_tokens_comes_whole(backend):
     assert [piece for piece in pieces if piece] == ["a", "🦙", "b"]
 
 
-def test_an_unfinished_character_is_never_emitted(backend):
+def test_a_character_that_stays_unfinished_is_a_mark_at_the_very_end(backend):
     stream = TextStream(backend, (), ())
     tokens = backend.encode("x🦙").ids
-    assert "".join(stream.push(token) for token in tokens[:-1]) + stream.finish() == "x"
+    assert "".join(stream.push(token) for token in tokens[:-1]) == "x"
+    assert stream.finish() == "\ufffd"
+    assert stream.finish() == ""
+
+
+@given(
+    ids=st.lists(st.integers(1, 279), max_size=40),
+    broken=st.lists(st.sampled_from([0x80, 0xA0, 0xCB, 0x8E, 0xE2, 0x82, 0xF0, 0x9F, 0x41]), max_size=40),
+)
+def test_any_tokens_make_the_text_that_decoding_all_of_them_makes(backend, ids, broken):
+    # Bytes in an order that no text has, as weak models write them.
+    tokens = [backend.token_to_id(_byte(byte)) for byte in broken] + ids
+    stream = TextStream(backend, (), ())
+    text = "".join(stream.push(token) for token in tokens) + stream.finish()
+    assert text == backend.decode(tokens)
 
 
 @pytest.mark.parametrize("prompt", ["hidden prompt \ufffd", "plain prompt", "ends in space "])
