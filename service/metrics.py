@@ -2,8 +2,8 @@
 
 Names and buckets are vLLM's under `twinserve_`, so that its dashboards need a prefix and no more. The
 engine hands over plain statistics once a step and once a request (`on_step`, `on_request`, from its own
-thread); gauges are read when somebody scrapes. Labels are bounded: expert names beyond the first
-`expert_labels` share the label `other`.
+thread); gauges are read when somebody scrapes. Labels are bounded: names of experts, models and keys beyond
+the first `expert_labels` of each share the label `other`.
 """
 
 import threading
@@ -16,6 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from service.core import EngineGauges, RequestStats, StepStats
+from service.gen_ai import WELL, GenAiMetrics
 
 _FIRST_TOKEN = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
@@ -118,7 +119,7 @@ class Metrics:
 
     Args:
         registry: where they live; one `Metrics` a registry.
-        expert_labels: expert names that get a label of their own.
+        expert_labels: names of experts, of models and of keys that get a label of their own.
     """
 
     def __init__(self, registry: CollectorRegistry, expert_labels: int = 64) -> None:
@@ -126,9 +127,13 @@ class Metrics:
         self._names_lock = threading.Lock()
         self._expert_labels = expert_labels
         self._expert_names: set[str] = set()
+        self._key_ids: set[str] = set()
+        self._models: set[str] = set()
         self._make_request_metrics()
         self._make_step_metrics()
         self._make_http_metrics()
+        self._make_caller_metrics()
+        self._gen_ai = GenAiMetrics(registry)
         self._make_classify_metrics()
         self._make_feedback_metrics()
 
@@ -190,6 +195,26 @@ class Metrics:
             "http_request_seconds", "Until the last byte.", _FIRST_TOKEN, ("route",)
         )
 
+    def _make_caller_metrics(self) -> None:
+        self._key_requests = self._counter("key_requests", "HTTP requests of each API key's id.", ("key",))
+        self._key_tokens = self._counter(
+            "key_tokens", "Tokens of each API key's id: prompt or generated.", ("key", "kind")
+        )
+        self._rate_limited = self._counter(
+            "rate_limited",
+            "Requests that the limits of a caller refused: requests, tokens or concurrent.",
+            ("limit",),
+        )
+        for limit in ("requests", "tokens", "concurrent"):
+            self._rate_limited.labels(limit)
+        self._cut = self._counter(
+            "connections_refused",
+            "Connections cut, or requests refused, before a route was asked: header, slow_header or stalled.",
+            ("reason",),
+        )
+        for reason in ("header", "slow_header", "stalled"):
+            self._cut.labels(reason)
+
     def _make_classify_metrics(self) -> None:
         self._classified = self._counter("classify_texts", "Classified texts: ok or error.", ("outcome",))
         for outcome in ("ok", "error"):
@@ -239,8 +264,23 @@ class Metrics:
             self._routed.inc(stats.routed_requests)
             self._route_step.observe(stats.route_seconds)
 
-    def on_request(self, stats: RequestStats) -> None:
-        """Record one ended sequence."""
+    def on_request(
+        self, stats: RequestStats, *, operation: str = "text_completion", model: str = "", key: str = ""
+    ) -> None:
+        """Record one ended sequence.
+
+        Args:
+            stats: its times and counts.
+            operation: in the words of OpenTelemetry's conventions.
+            model: that was asked for.
+            key: the id of the API key that asked.
+        """
+        error = "" if stats.reason in WELL else _FINISHED.get(stats.reason, "error")
+        self._gen_ai.on_request(stats, operation, self._bounded(self._models, model) if model else "", error)
+        if key:
+            label = self._bounded(self._key_ids, key)
+            self._key_tokens.labels(label, "prompt").inc(stats.prompt_tokens if stats.leads else 0)
+            self._key_tokens.labels(label, "generated").inc(stats.completion_tokens)
         self._finished.labels(_FINISHED.get(stats.reason, "error")).inc()
         for histogram, seconds in (
             (self._queue, stats.queue_seconds),
@@ -255,6 +295,14 @@ class Metrics:
         self._abstentions.inc(stats.abstained)
         for name, weight in stats.gates.items():
             self._gate_mass.labels(self._expert_label(name)).inc(abs(weight))
+
+    def on_rate_limited(self, limit: str) -> None:
+        """Record one request that a caller's limit refused."""
+        self._rate_limited.labels(limit).inc()
+
+    def on_connection_refused(self, reason: str) -> None:
+        """Record one connection that was cut, or whose request no route saw."""
+        self._cut.labels(reason).inc()
 
     def on_classify_batch(self, *, texts: int, tokens: int, routed: int, seconds: float) -> None:
         """Record one batch of the classifier; `tokens` with padding."""
@@ -278,8 +326,10 @@ class Metrics:
         """Record one answer that explored."""
         self._explored.inc()
 
-    def on_http(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Record one answered HTTP request; `route` is the template, never the path."""
+    def on_http(self, method: str, route: str, status: int, seconds: float, key: str = "") -> None:
+        """Record one answered HTTP request; `route` is the template, never the path, `key` the id of its key."""
+        if key:
+            self._key_requests.labels(self._bounded(self._key_ids, key)).inc()
         self._http.labels(method, route, str(status)).inc()
         self._http_seconds.labels(route).observe(seconds)
 
@@ -289,9 +339,13 @@ class Metrics:
         return encode(self.registry), content_type
 
     def _expert_label(self, name: str) -> str:
+        return self._bounded(self._expert_names, name)
+
+    def _bounded(self, known: set[str], name: str) -> str:
+        """The label of a name: itself while there are few."""
         with self._names_lock:
-            if name not in self._expert_names:
-                if len(self._expert_names) >= self._expert_labels:
+            if name not in known:
+                if len(known) >= self._expert_labels:
                     return OTHER
-                self._expert_names.add(name)
+                known.add(name)
             return name

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import logging
-import math
 import socket
+import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -15,17 +16,23 @@ from experts.bundle import Bundle
 from experts.errors import BundleError
 from experts.routing import BanditSpec
 from service.api.app import create_app
-from service.api.plan import SHARED
+from service.api.naming import SHARED
+from service.api.protocol import ConnectionLimits, guarded_protocol
 from service.classify import Classifier, open_classifier
 from service.engine.assembly import EngineOptions
 from service.engine.model import ModelOptions
 from service.engine.routing import RoutingDefaults
 from service.feedback import Feedback, FeedbackOptions, open_feedback
+from service.grammar import GrammarOptions
 from service.metrics import Metrics
 from service.registrar import Registrar
 from service.runtime import Runtime, RuntimeConfig, open_runtime
 from service.scheduler.policy import Budget, Limits, Policy
 from service.settings import Settings
+from service.telemetry import StatsRelay, open_tracing
+
+if TYPE_CHECKING:
+    from service.telemetry.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +41,8 @@ _KEEP_ALIVE_SECONDS = 75
 
 _LONGEST_CONTEXT = 4096
 """Tokens of one sequence where no setting says; the model's own limit if that is less."""
+
+_POLL_SECONDS = 0.02
 
 _LAST_WORDS_SECONDS = 5
 """After the drain's own deadline, for the last events to reach their clients."""
@@ -69,12 +78,18 @@ def runtime_config(settings: Settings) -> RuntimeConfig:
             host_cache_bytes=settings.host_cache_bytes,
         ),
         max_queue=settings.max_queue,
+        backlog=settings.stream_backlog,
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
         max_experts=settings.max_experts,
         max_expert_bytes=settings.max_expert_bytes,
         pinned_experts=settings.pinned_experts,
+        grammars=GrammarOptions(
+            max_bytes=settings.max_grammar_bytes,
+            max_seconds=settings.max_grammar_seconds,
+            remembered=settings.grammar_cache,
+        ),
     )
 
 
@@ -86,6 +101,7 @@ class DrainingServer(uvicorn.Server):
         drain_seconds: what running requests may still take; then they end with an error.
         announce: gets the URL once connections are accepted.
         classifier: closed when the last connection is.
+        tracing: the same.
     """
 
     def __init__(
@@ -95,8 +111,10 @@ class DrainingServer(uvicorn.Server):
         drain_seconds: float,
         announce: Callable[[str], None],
         classifier: Classifier | None = None,
+        tracing: "Tracing | None" = None,
     ) -> None:
         super().__init__(config)
+        self._tracing = tracing
         self._classifier = classifier
         self._runtime = runtime
         self._drain_seconds = drain_seconds
@@ -116,13 +134,27 @@ class DrainingServer(uvicorn.Server):
             self._announce(_url(self.servers[0].sockets[0].getsockname()))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse, drain, close."""
+        """Refuse, drain, close.
+
+        Connections are accepted until the last request has ended: whoever comes meanwhile is told to go elsewhere.
+        """
         _log.info("draining for up to %g s", self._drain_seconds)
         drain = asyncio.create_task(self._runtime.drain(self._drain_seconds))
+        deadline = time.monotonic() + self._drain_seconds
+        for connection in list(self.server_state.connections):
+            connection.shutdown()  # the idle ones; the others when they have answered
+        # One turn, so that the runtime refuses before anything else is taken in.
+        await asyncio.sleep(0)
+        while not drain.done() or (self.server_state.tasks and time.monotonic() < deadline):
+            if self.force_exit:
+                break
+            await asyncio.sleep(_POLL_SECONDS)
         await super().shutdown(sockets)
         await drain
         if self._classifier is not None:
             self._classifier.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
 
 def _url(address: tuple[str, int]) -> str:
@@ -141,7 +173,7 @@ def serve(settings: Settings, announce: Callable[[str, Runtime], None]) -> None:
     Raises:
         ExpertsError: the bundle is missing or broken.
         TwinserveError: its model cannot be served.
-        ValueError: the file of API keys cannot be read.
+        ValueError: the settings name keys or packages that cannot be used.
     """
     server, runtime = assemble(settings, announce)
     try:
@@ -161,7 +193,8 @@ def assemble(settings: Settings, announce: Callable[[str, Runtime], None]) -> tu
     bundle = Bundle.open(settings.bundle, lazy=slots)
     metrics = _metrics()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
-    runtime = open_runtime(bundle, runtime_config(settings), metrics)
+    tracing = open_tracing(settings)
+    runtime = open_runtime(bundle, runtime_config(settings), StatsRelay(metrics))
     metrics.watch(runtime.gauges)
     registrar = Registrar(
         runtime,
@@ -172,7 +205,7 @@ def assemble(settings: Settings, announce: Callable[[str, Runtime], None]) -> tu
     )
     feedback = _feedback(settings, bundle, runtime, metrics)
     classifier = _classifier(settings, runtime, metrics)
-    app = create_app(runtime, settings, metrics, registrar, classifier, feedback)
+    app = create_app(runtime, settings, metrics, registrar, classifier, feedback, tracing)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -181,12 +214,24 @@ def assemble(settings: Settings, announce: Callable[[str, Runtime], None]) -> tu
         access_log=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + _LAST_WORDS_SECONDS,
+        timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+        http=guarded_protocol(_connection_limits(settings), metrics.on_connection_refused),
+        ws="none",
     )
     server = DrainingServer(
-        config, runtime, settings.drain_seconds, lambda url: announce(url, runtime), classifier
+        config, runtime, settings.drain_seconds, lambda url: announce(url, runtime), classifier, tracing
     )
     return server, runtime
+
+
+def _connection_limits(settings: Settings) -> ConnectionLimits:
+    return ConnectionLimits(
+        max_url_bytes=settings.max_url_bytes,
+        max_header_bytes=settings.max_header_bytes,
+        max_headers=settings.max_headers,
+        header_seconds=settings.header_seconds,
+        stall_seconds=settings.stall_seconds,
+    )
 
 
 def _feedback(settings: Settings, bundle: Bundle, runtime: Runtime, metrics: Metrics) -> Feedback | None:

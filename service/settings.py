@@ -4,6 +4,7 @@ A command line option of `twinserve serve` wins over the environment, the enviro
 Secrets are `SecretStr`: they print as stars. Imports nothing of ours.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -11,6 +12,8 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENV_PREFIX = "TWINSERVE_"
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+", re.IGNORECASE)
 
 
 class Settings(BaseSettings):
@@ -28,12 +31,31 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        default=(), description="keys for /v1, separated by commas; none leaves /v1 open"
+        default=(),
+        description="inference keys, plain or `sha256:HASH`, separated by commas; none leaves inference open",
     )
     api_keys_file: Path | None = Field(
-        default=None, description="a file with one more key a line; # comments"
+        default=None, description="a file with one more a line; # comments; read again when it changes"
     )
-    admin_key: SecretStr | None = Field(default=None, description="key for /admin; without it /admin is off")
+    admin_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="keys for /admin in the same form; without one /admin is off"
+    )
+    admin_keys_file: Path | None = Field(default=None, description="a file with one more a line")
+    metrics_open: bool = Field(default=False, description="/metrics needs no key where everything else does")
+    requests_per_minute: int | None = Field(
+        default=None,
+        ge=1,
+        description="of one key, or of one address where no key is needed; None is no limit",
+    )
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="prompt and generated tokens of the same; None is no limit"
+    )
+    max_concurrent: int | None = Field(
+        default=None, ge=1, description="requests of the same at once; None is no limit"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="web origins whose pages may call, separated by commas, or `*`; none is off"
+    )
     experts_root: Path | None = Field(default=None, description="the only folder that experts register from")
 
     max_prompt_tokens: int | None = Field(
@@ -43,7 +65,15 @@ class Settings(BaseSettings):
     default_chat_tokens: int = Field(default=512, ge=1, description="a chat's max_tokens where it names none")
     max_n: int = Field(default=16, ge=1, description="`n`, the choices of one prompt")
     max_prompts: int = Field(default=64, ge=1, description="prompts in one request")
+    max_embedding_inputs: int = Field(
+        default=2048,
+        ge=1,
+        description="texts in one request for embeddings; max_batch of them queue at a time",
+    )
     max_messages: int = Field(default=1024, ge=1, description="messages in one chat")
+    chat_template_seconds: float = Field(
+        default=5.0, gt=0, allow_inf_nan=False, description="what the chat template may take with one chat"
+    )
     max_stop: int = Field(default=8, ge=0, description="stop strings, and stop token ids, of one request")
     max_stop_length: int = Field(default=128, ge=1, description="characters of one stop string")
     max_logprobs: int = Field(
@@ -58,6 +88,22 @@ class Settings(BaseSettings):
     max_gate: float = Field(default=8.0, gt=0, allow_inf_nan=False, description="a gate's absolute weight")
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024, description="a request body")
     max_json_depth: int = Field(default=32, ge=4, le=256, description="nesting of a JSON body")
+    max_url_bytes: int = Field(default=8192, ge=256, description="path and query of a request")
+    max_header_bytes: int = Field(default=32768, ge=1024, description="its header fields together")
+    max_headers: int = Field(default=100, ge=16, description="their number")
+    header_seconds: float = Field(
+        default=20.0, gt=0, allow_inf_nan=False, description="what a request's header may take to arrive"
+    )
+    body_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False, description="its body, after that")
+    max_grammar_bytes: int = Field(
+        default=65536,
+        ge=64,
+        description="a JSON schema, regex, list of choices or grammar that answers follow",
+    )
+    max_grammar_seconds: float = Field(
+        default=5.0, gt=0, allow_inf_nan=False, description="what a request waits for it to be compiled"
+    )
+    grammar_cache: int = Field(default=32, ge=1, description="compiled ones that are remembered")
     max_profile_prompts: int = Field(default=1000, ge=1, description="prompts of one expert registration")
     max_registrations: int = Field(
         default=8, ge=1, description="registrations and retirements that run or wait; one runs at a time"
@@ -151,15 +197,33 @@ class Settings(BaseSettings):
     pack_base: bool = Field(default=True, description="reorder base weights for the processor if that gains")
 
     keepalive_seconds: float = Field(
-        default=15.0, gt=0, description="a silent stream gets a comment that often"
+        default=15.0,
+        gt=0,
+        description="a silent stream gets a comment that often, and starts after that long in the queue",
+    )
+    stall_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="a client that takes nothing of its answer for that long is cut off",
+    )
+    stream_backlog: int = Field(
+        default=1024,
+        ge=16,
+        description="events of one sequence that wait for a slow client; with more its stream ends in an error",
     )
     drain_seconds: float = Field(default=30.0, ge=0, description="what SIGTERM lets running requests take")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severity"
     )
     log_json: bool = Field(default=False, description="one JSON object a line")
+    log_prompts: bool = Field(default=False, description="request bodies are logged too")
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="OTLP/HTTP collector of traces, as http://localhost:4318; OTEL_* variables work as well",
+    )
 
-    @field_validator("api_keys", "pinned_experts", mode="before")
+    @field_validator("api_keys", "admin_key", "pinned_experts", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """`a,b` → (a, b); blanks go."""
@@ -172,14 +236,13 @@ class Settings(BaseSettings):
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _keys_differ(self) -> Self:
-        """An admin key that also opens /v1 would be handed to every client."""
-        if self.admin_key is not None and any(
-            key.get_secret_value() == self.admin_key.get_secret_value() for key in self.api_keys
-        ):
-            raise ValueError(f"{ENV_PREFIX}ADMIN_KEY must differ from every key of {ENV_PREFIX}API_KEYS")
-        return self
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; write scheme://host[:port] without a path, or *")
+        return value
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -204,27 +267,3 @@ class Settings(BaseSettings):
         if self.mix_mode == "merged" and not self.merged_bytes:
             raise ValueError(f"{ENV_PREFIX}MIX_MODE=merged needs {ENV_PREFIX}MERGED_BYTES above 0")
         return self
-
-    def all_api_keys(self) -> tuple[SecretStr, ...]:
-        """The keys of `api_keys` and of `api_keys_file`.
-
-        Raises:
-            ValueError: the file cannot be read or holds no key; an unreadable file must not open /v1.
-        """
-        if self.api_keys_file is None:
-            return self.api_keys
-        variable = f"{ENV_PREFIX}API_KEYS_FILE"
-        try:
-            lines = self.api_keys_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{variable}: cannot read {self.api_keys_file}: {error}") from error
-        keys = tuple(
-            SecretStr(line.strip()) for line in lines if line.strip() and not line.strip().startswith("#")
-        )
-        if not keys:
-            raise ValueError(f"{variable}: {self.api_keys_file} holds no key; put one a line")
-        if self.admin_key is not None and self.admin_key in keys:
-            raise ValueError(
-                f"{variable}: {self.api_keys_file} repeats {ENV_PREFIX}ADMIN_KEY; they must differ"
-            )
-        return self.api_keys + keys

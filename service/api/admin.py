@@ -2,10 +2,21 @@
 
 from fastapi import APIRouter, Response
 
+from service.api.refusals import refusals
 from service.api.wire.admin import RegisterBody
 from service.api.wire.answers import ExpertAnswer, ExpertList, RegisteredAnswer
 from service.core import ExpertStatus
-from service.errors import LimitExceededError
+from service.errors import (
+    ConflictError,
+    EngineDeadError,
+    ExpertNotFoundError,
+    ExpertRejectedError,
+    FolderNotFoundError,
+    LimitExceededError,
+    PathNotAllowedError,
+    QueueFullError,
+    RegistrationTimeoutError,
+)
 from service.registrar import Registrar, Registration
 from service.settings import Settings
 
@@ -32,13 +43,26 @@ def add_routes(router: APIRouter, registrar: Registrar, settings: Settings) -> N
         listed = ExpertList(data=[ExpertAnswer.model_validate(_fields(one)) for one in registrar.list()])
         return Response(listed.dump(), media_type="application/json")
 
-    @router.get("/admin/experts/{name}", response_model=ExpertAnswer)
+    @router.get("/admin/experts/{name}", response_model=ExpertAnswer, responses=refusals(ExpertNotFoundError))
     async def get_expert(name: str) -> Response:
         """Describe the current generation of one expert."""
         answer = ExpertAnswer.model_validate(_fields(registrar.get(name)))
         return Response(answer.dump(), media_type="application/json")
 
-    @router.post("/admin/experts", status_code=201, response_model=RegisteredAnswer)
+    @router.post(
+        "/admin/experts",
+        status_code=201,
+        response_model=RegisteredAnswer,
+        responses=refusals(
+            ConflictError,
+            PathNotAllowedError,
+            ExpertRejectedError,
+            FolderNotFoundError,
+            QueueFullError,
+            RegistrationTimeoutError,
+            EngineDeadError,
+        ),
+    )
     async def register(body: RegisterBody) -> Response:
         """Make an expert of a folder on the server and serve it, while requests run."""
         if len(body.prompts) > settings.max_profile_prompts:
@@ -62,7 +86,11 @@ def add_routes(router: APIRouter, registrar: Registrar, settings: Settings) -> N
         )
         return Response(answer.dump(), status_code=201, media_type="application/json")
 
-    @router.delete("/admin/experts/{name}", response_model=ExpertAnswer)
+    @router.delete(
+        "/admin/experts/{name}",
+        response_model=ExpertAnswer,
+        responses=refusals(ExpertNotFoundError, QueueFullError, EngineDeadError),
+    )
     async def retire(name: str) -> Response:
         """Serve an expert no more; running requests keep it until they end."""
         answer = ExpertAnswer.model_validate(_fields(await registrar.retire(name)))

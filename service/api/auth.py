@@ -1,72 +1,92 @@
 """Who may call what: closed unless listed as open, keys compared in constant time."""
 
-import hashlib
-import hmac
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 
 from service.errors import AdminDisabledError, AuthenticationError
+from service.keys import Key, KeyLimits, Keys, find
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/version"})
-"""Probes and scrapes: they tell no prompt, answer or expert's content. Everything else needs a key."""
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/version"})
+"""Probes and the version: they tell nothing of prompts, answers, experts or clients. All else needs a key."""
+
+METRICS_PATH = "/metrics"
 
 ADMIN_PREFIX = "/admin"
 
-_CLIENT_DIGITS = 16
+ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+"""What changes the experts under a name that other servers gave it."""
+
+ADMIN_WRITES = frozenset({"/lora-adapters"})
+"""What every client may read there, and an operator alone may change."""
+
+_READS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-def _digest(key: str) -> bytes:
-    """Equal lengths for `compare_digest`, whatever the client sent."""
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who has called.
+
+    Attributes:
+        id: of its key, which it does not give away; empty where no key is needed.
+        limits: of its key.
+        metered: limits apply to it.
+    """
+
+    id: str = ""
+    limits: KeyLimits = field(default_factory=KeyLimits)
+    metered: bool = False
 
 
 class Gatekeeper:
     """Checks a path and its headers.
 
     Args:
-        api_keys: for everything but `/admin`; none leaves that open.
-        admin_key: for `/admin`; None closes it altogether.
+        keys: no inference keys leave inference open; no admin keys close `/admin` altogether.
+        metrics_open: `/metrics` needs no key.
     """
 
-    def __init__(self, api_keys: Iterable[SecretStr], admin_key: SecretStr | None) -> None:
-        self._api = tuple(_digest(key.get_secret_value()) for key in api_keys)
-        self._admin = None if admin_key is None else _digest(admin_key.get_secret_value())
+    def __init__(self, keys: Keys, *, metrics_open: bool = False) -> None:
+        self._keys = keys
+        self._metrics_open = metrics_open
 
-    def check(self, path: str, headers: Headers) -> str:
-        """Pass, or raise.
-
-        Returns:
-            Who it is, for fair shares: the same for the same API key, which it does not give away; empty where
-            no key is needed.
+    def check(self, path: str, headers: Headers, method: str = "GET") -> Caller:
+        """Pass, or raise. The path is the very text that the routes are matched with, so that nothing slips by.
 
         Raises:
             AdminDisabledError: `/admin` without a configured key.
             AuthenticationError: the key is missing or wrong.
         """
         if path in OPEN_PATHS:
-            return ""
-        if path == ADMIN_PREFIX or path.startswith(f"{ADMIN_PREFIX}/"):
-            if self._admin is None:
+            return Caller()
+        inference, admin = self._keys.inference, self._keys.admin
+        writes = path in ADMIN_WRITES and method not in _READS
+        if path == ADMIN_PREFIX or path.startswith(f"{ADMIN_PREFIX}/") or path in ADMIN_PATHS or writes:
+            if not admin:
                 raise AdminDisabledError(
                     "The admin API is off: start the server with TWINSERVE_ADMIN_KEY set, then send that key."
                 )
-            self._require(headers, (self._admin,), "the admin key (TWINSERVE_ADMIN_KEY)")
-        elif self._api:
+            return Caller(_require(headers, admin, "the admin key (TWINSERVE_ADMIN_KEY)").id)
+        if not inference:
             # Whatever a client sends to an open server must not make it a client of its own.
-            return self._require(headers, self._api, "an API key").hex()[:_CLIENT_DIGITS]
-        return ""
+            return Caller(metered=path != METRICS_PATH)
+        if path == METRICS_PATH:
+            if self._metrics_open:
+                return Caller()
+            return Caller(_require(headers, (*inference, *admin), "an API key or the admin key").id)
+        key = _require(headers, inference, "an API key")
+        return Caller(key.id, key.limits, metered=True)
 
-    def _require(self, headers: Headers, accepted: tuple[bytes, ...], what: str) -> bytes:
-        given = _given_key(headers)
-        if given is None:
-            raise AuthenticationError(f"Send {what} as `Authorization: Bearer KEY` or `X-API-Key: KEY`.")
-        digest = _digest(given)
-        # No early exit: the time must not tell which key was nearly right.
-        if not sum(hmac.compare_digest(digest, known) for known in accepted):
-            raise AuthenticationError(f"The key is wrong; send {what}.")
-        return digest
+
+def _require(headers: Headers, accepted: Sequence[Key], what: str) -> Key:
+    given = _given_key(headers)
+    if given is None:
+        raise AuthenticationError(f"Send {what} as `Authorization: Bearer KEY` or `X-API-Key: KEY`.")
+    key = find(accepted, given)
+    if key is None:
+        raise AuthenticationError(f"The key is wrong; send {what}.")
+    return key
 
 
 def _given_key(headers: Headers) -> str | None:

@@ -3,7 +3,15 @@
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
-from service.core import EngineGauges, Event, ExpertStatus, GenerationRequest, RoutingChoice, RoutingOutcome
+from service.core import (
+    Constraint,
+    EngineGauges,
+    Event,
+    ExpertStatus,
+    GenerationRequest,
+    RoutingChoice,
+    RoutingOutcome,
+)
 
 
 class Generation(Protocol):
@@ -36,6 +44,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def state_size(self) -> int:
+        """Values of a pooled state."""
+        ...
+
+    @property
     def max_context(self) -> int:
         """Most tokens of prompt and answer together."""
         ...
@@ -63,6 +76,14 @@ class Backend(Protocol):
         self, prompts: Sequence[tuple[int, ...]], choice: RoutingChoice
     ) -> Sequence[RoutingOutcome]:
         """Gates of each prompt, without generating."""
+        ...
+
+    async def compile(self, constraint: Constraint) -> object:
+        """The grammar of `GenerationRequest` for a constraint; raises where it cannot be had."""
+        ...
+
+    def router_names(self) -> Sequence[str]:
+        """The routers that a request can ask for."""
         ...
 
     def expert_names(self) -> Collection[str]:

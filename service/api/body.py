@@ -1,6 +1,7 @@
 """JSON bodies, strictly: what is not exactly JSON of sane depth never reaches a wire model."""
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -10,6 +11,13 @@ from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
 from service.errors import InvalidRequestError, LimitExceededError
+from service.record import current
+
+_log = logging.getLogger(__name__)
+
+_MODEL_TOLD = 128
+_BODY_LOGGED = 16384
+"""Characters of a model's name, bytes of a body, that logs show."""
 
 # A string is possessive and may lack its end, so that no input makes the scan start over: it stays linear.
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.?+)*+"?+|[\[{]|[\]}]', re.DOTALL)
@@ -73,7 +81,16 @@ class _ParsedRequest(Request):
         return self.parsed
 
 
-def json_route(max_depth: int) -> type[APIRoute]:
+def _note(body: bytes, parsed: Any, log_bodies: bool) -> None:
+    """Remember which model is asked; log the body only where the operator wants prompts in the log."""
+    record = current()
+    if record is not None and isinstance(parsed, dict) and isinstance(parsed.get("model"), str):
+        record.model = parsed["model"][:_MODEL_TOLD]
+    if log_bodies:
+        _log.info("request body", extra={"fields": {"body": body[:_BODY_LOGGED].decode(errors="replace")}})
+
+
+def json_route(max_depth: int, *, log_bodies: bool = False) -> type[APIRoute]:
     """A route class that parses bodies with `parse_json` before FastAPI sees them."""
 
     class JsonRoute(APIRoute):
@@ -93,6 +110,7 @@ def json_route(max_depth: int) -> type[APIRoute]:
                 if not body:
                     raise InvalidRequestError("The body is empty; send a JSON object.")
                 parsed.parsed = parse_json(body, max_depth)
+                _note(body, parsed.parsed, log_bodies)
                 return await handle(parsed)
 
             return parse_then_handle

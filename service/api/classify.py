@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.errors import ROUTING
 from service.api.generation import while_connected
-from service.api.plan import check_weight
+from service.api.naming import check_weight
+from service.api.refusals import ROUTING, merged, refusals
 from service.api.wire.answers import RoutingAnswer
 from service.api.wire.classify import ClassifyAnswer, ClassifyBody, ClassifyChoice
 from service.classify import Classified, Classifier, Text
@@ -22,11 +22,13 @@ from service.errors import (
 )
 from service.settings import Settings
 
+_REFUSALS = merged(ROUTING, refusals(ClassifierDisabledError))
+
 
 def add_routes(router: APIRouter, classifier: Classifier | None, settings: Settings) -> None:
     """Put `POST /v1/classify` on `router`; without a classifier it says how to get one."""
 
-    @router.post("/v1/classify", response_model=ClassifyAnswer, responses=ROUTING)
+    @router.post("/v1/classify", response_model=ClassifyAnswer, responses=_REFUSALS)
     async def classify(request: Request, body: ClassifyBody) -> Response:
         """Label every text, and tell which experts did it with which weights."""
         if classifier is None:

@@ -3,33 +3,46 @@
 from fastapi import APIRouter, Request, Response
 
 from service.api.backend import Backend
-from service.api.errors import GENERATING
+from service.api.bounds import kept_tokens
+from service.api.compat.adapters import AdapterIds, with_lora
+from service.api.completion_shape import CompletionShape, Echo
 from service.api.generate import answer
 from service.api.plan import DEFAULT_COMPLETION_TOKENS, Budget, check, make_plan
 from service.api.prompts import PromptEncoder
-from service.api.shapes import CompletionShape
+from service.api.refusals import ANSWERED, GENERATING
+from service.api.shapes import Telling
 from service.api.tokens import TokenTexts
-from service.api.wire.answers import Generated
 from service.api.wire.completions import CompletionBody
+from service.api.wire.documented import CompletionAnswer
 from service.settings import Settings
 
 
 def add_routes(
-    router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder, texts: TokenTexts
+    router: APIRouter,
+    backend: Backend,
+    settings: Settings,
+    encoder: PromptEncoder,
+    texts: TokenTexts,
+    ids: AdapterIds,
 ) -> None:
     """Put `POST /v1/completions` on `router`."""
 
-    @router.post("/v1/completions", response_model=Generated, responses=GENERATING)
+    @router.post("/v1/completions", response_model=CompletionAnswer, responses=ANSWERED | GENERATING)
     async def complete(request: Request, body: CompletionBody) -> Response:
         """Continue one or more prompts."""
+        body = with_lora(body, ids, backend, settings)
         budget = Budget(body.max_tokens, "max_tokens", DEFAULT_COMPLETION_TOKENS)
         routing = check(body, len(body.prompt), budget, backend, settings)
-        prompts = await encoder.prompts(body.prompt)
-        plan = make_plan(body, routing, budget, prompts, backend, settings)
-        echo = [
-            (item if isinstance(item, str) else texts.text_of_prompt(item), ids)
-            for item, ids in zip(body.prompt, prompts, strict=True)
-            if body.echo
-        ]
-        shape = CompletionShape(texts, scored=body.reported is not None, echo=echo, n=body.n)
+        keep = kept_tokens(body, budget.asked, backend, settings)
+        prompts = await encoder.prompts(body.prompt, special=body.add_special_tokens, keep=keep)
+        bad_words = encoder.sequences(body.bad_words)
+        plan = make_plan(body, routing, budget, prompts, backend, settings, bad_words)
+        echo = None
+        if body.echo:
+            echoed = [
+                item if isinstance(item, str) and keep is None else texts.text_of_prompt(tokens)
+                for item, tokens in zip(body.prompt, prompts, strict=True)
+            ]
+            echo = Echo(echoed, body.echoed, alone=plan.prompt_only)
+        shape = CompletionShape(texts, prompts, Telling.of(body), echo, body.n)
         return await answer(request, body, plan, shape, backend, settings)

@@ -10,13 +10,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from service.api.wire.answers import ErrorAnswer
-from service.api.wire.base import UNKNOWN_FIELD, UNSUPPORTED_FIELD
+from service.api.wire.base import FIELD_AT_FAULT, UNKNOWN_FIELD, UNSUPPORTED_FIELD
 from service.errors import (
     AuthenticationError,
     BodyTooLargeError,
     InvalidRequestError,
+    SlowRequestError,
     TwinserveError,
     UnsupportedFieldError,
 )
@@ -25,28 +26,6 @@ _log = logging.getLogger(__name__)
 
 CLIENT_GONE = 499
 """Logged and counted for a client that hung up; nobody receives it."""
-
-
-_REFUSED = {
-    400: "A field is wrong, unknown or beyond a limit.",
-    401: "The API key is missing or wrong.",
-    404: "There is no such model.",
-    413: "The body is too large.",
-    415: "The body is not JSON.",
-    429: "The queue is full; Retry-After says when to come again.",
-    500: "A fault inside this request.",
-    503: "The engine has ended, the server shuts down, or an expert cannot be loaded.",
-}
-ROUTING: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text} for status, text in _REFUSED.items()
-}
-"""For the OpenAPI document: what an endpoint that asks the engine may answer instead."""
-
-GENERATING: dict[int | str, dict[str, Any]] = {
-    **ROUTING,
-    504: {"model": ErrorAnswer, "description": "The request did not end within its timeout."},
-}
-"""The same for one that generates."""
 
 
 class ClientGoneError(Exception):
@@ -58,15 +37,15 @@ def error_body(error: TwinserveError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def error_response(error: TwinserveError) -> JSONResponse:
-    """`error` as an HTTP answer."""
+def error_response(error: TwinserveError, *, close: bool = False) -> JSONResponse:
+    """`error` as an HTTP answer; `close` ends the connection, as it does where the body was not read."""
     headers: dict[str, str] = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, BodyTooLargeError):
-        headers["Connection"] = "close"  # what is left of the body will not be read
+    if close or isinstance(error, BodyTooLargeError | SlowRequestError):
+        headers["Connection"] = "close"  # what is left of the request will not be read
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
@@ -97,6 +76,9 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
         if first["type"] == UNKNOWN_FIELD:
             return InvalidRequestError(f"Unknown field {param!r}; remove it.", param=param)
         return UnsupportedFieldError(f"{param!r} is not supported by this server; remove it.", param=param)
+    if first["type"] == FIELD_AT_FAULT:
+        param = field_name([*location, first["ctx"]["name"]])
+        return InvalidRequestError(f"{param}: {first['ctx']['message']}.", param=param)
     param = field_name(location)
     message = str(first["msg"]).removeprefix("Value error, ")
     if param is None:
@@ -118,7 +100,19 @@ def _from_http(error: HTTPException, request: Request) -> JSONResponse:
         detail = f"{detail}: {request.method} {request.url.path}"
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     body = {"error": {"message": detail, "type": kind, "param": None, "code": code}}
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_methods(request))
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path of a request takes; the framework names the methods of its first route alone."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return sorted(found)
 
 
 def install_handlers(app: FastAPI) -> None:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.errors import ROUTING
+from service.api.refusals import refusals
 from service.api.wire.feedback import (
     ChangeAnswer,
     FeedbackAction,
@@ -12,8 +12,10 @@ from service.api.wire.feedback import (
     FeedbackBody,
     FeedbackState,
 )
-from service.errors import FeedbackDisabledError
+from service.errors import AlreadyRatedError, FeedbackDisabledError, RequestNotFoundError
 from service.feedback import Feedback
+
+_RATING = refusals(FeedbackDisabledError, RequestNotFoundError, AlreadyRatedError)
 
 
 def add_routes(router: APIRouter, feedback: Feedback | None) -> None:
@@ -23,7 +25,7 @@ def add_routes(router: APIRouter, feedback: Feedback | None) -> None:
         known = {"enabled": True, **feedback.describe()} if feedback is not None else {"enabled": False}
         return Response(FeedbackState.model_validate(known).dump(), media_type="application/json")
 
-    @router.post("/v1/feedback", response_model=FeedbackAnswer, responses=ROUTING)
+    @router.post("/v1/feedback", response_model=FeedbackAnswer, responses=_RATING)
     async def rate(request: Request, body: FeedbackBody) -> Response:
         """Rate an answer: the router learns which experts serve such prompts well."""
         loop = _enabled(feedback)
@@ -44,7 +46,7 @@ def add_routes(router: APIRouter, feedback: Feedback | None) -> None:
         """Tell what was learnt, and which versions can be gone back to."""
         return state()
 
-    @router.post("/admin/feedback", response_model=FeedbackState)
+    @router.post("/admin/feedback", response_model=FeedbackState, responses=refusals(FeedbackDisabledError))
     async def act(body: FeedbackAction) -> Response:
         """Freeze, resume, reset, or roll back."""
         loop = _enabled(feedback)

@@ -1,12 +1,18 @@
 """Probes, metrics and the version: open to everybody, telling nothing about prompts or answers."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from service.api.backend import Backend
 from service.metrics import Metrics
+
+_EXPOSITION: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}
+}
+"""For the OpenAPI document."""
 
 
 def server_version() -> str:
@@ -38,7 +44,7 @@ def add_routes(router: APIRouter, backend: Backend, metrics: Metrics) -> None:
             return JSONResponse({"status": "draining"}, status_code=503, headers={"Retry-After": "5"})
         return live()
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=Response, responses=_EXPOSITION)
     async def scrape(request: Request) -> Response:
         """Prometheus' text or OpenMetrics, whichever is asked for."""
         body, content_type = metrics.exposition(request.headers.get("accept", ""))

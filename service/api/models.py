@@ -5,7 +5,8 @@ import time
 from fastapi import APIRouter, Response
 
 from service.api.backend import Backend
-from service.api.plan import SHARED
+from service.api.naming import SHARED, pinned
+from service.api.refusals import refusals
 from service.api.wire.answers import ModelAnswer, ModelList
 from service.classify import Classifier
 from service.errors import ModelNotFoundError
@@ -42,12 +43,14 @@ def add_routes(router: APIRouter, backend: Backend, classifier: Classifier | Non
         """List the bundle's name (the router chooses), every expert, the shared expert, and a classifier."""
         return Response(ModelList(data=models()).dump(), media_type="application/json")
 
-    @router.get("/v1/models/{name:path}", response_model=ModelAnswer)
+    @router.get("/v1/models/{name:path}", response_model=ModelAnswer, responses=refusals(ModelNotFoundError))
     async def get_model(name: str) -> Response:
-        """Describe one of them."""
-        for model in models():
-            if model.id == name:
-                return Response(model.dump(), media_type="application/json")
+        """Describe one of them, by its name or, an expert, by `name@generation`."""
+        known = {model.id: model for model in models()}
+        if name not in known and "@" in name:
+            name, _ = pinned(name, backend)
+        if name in known:
+            return Response(known[name].dump(), media_type="application/json")
         raise ModelNotFoundError(
             f"The model {name[:256]!r} does not exist; GET /v1/models lists the names.", param="model"
         )

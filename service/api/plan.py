@@ -1,23 +1,15 @@
-"""Wire model → domain: which experts, which sampling, within the operator's limits. Pure, no waiting."""
+"""Wire model → domain: which sampling, how many tokens, which requests. Checks names, bounds and room first."""
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from service.api.backend import Backend
-from service.api.wire.sampling import RoutingOptions, SamplingBody
-from service.core import GenerationRequest, RoutingChoice, SamplingParams
-from service.errors import (
-    ContextLengthError,
-    InvalidRequestError,
-    LimitExceededError,
-    ModelNotFoundError,
-    UnknownExpertError,
-)
+from service.api.bounds import at_most, check_bounds, check_words
+from service.api.naming import choose_routing
+from service.api.wire.sampling import SamplingBody
+from service.core import Constraint, GenerationRequest, RoutingChoice, SamplingParams
+from service.errors import ContextLengthError
 from service.settings import Settings
-
-SHARED = "shared"
-"""The model name of the shared expert alone."""
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's `max_tokens` of a completion that names none."""
@@ -49,6 +41,8 @@ class Plan:
         prompts: token ids; each is generated `n` times.
         sampling: of the first choice of each prompt; the further ones differ in their seed.
         timeout: seconds from arrival in which all of it must end; None is for ever.
+        prompt_only: nothing is to be generated; the one token that has to be is told to nobody.
+        grammar: the compiled constraint of `sampling`, once there is one.
     """
 
     prompts: Sequence[tuple[int, ...]]
@@ -57,6 +51,20 @@ class Plan:
     n: int
     priority: int = 0
     timeout: float | None = None
+    prompt_only: bool = False
+    grammar: object | None = None
+
+    async def compiled(self, backend: Backend) -> "Plan":
+        """The same with its grammar, which must be there before its requests are made.
+
+        Raises:
+            InvalidRequestError: the constraint is malformed, unsupported, or beyond a limit.
+            QueueFullError: too many others wait to be compiled.
+        """
+        constraint = self.sampling[0].constraint
+        if constraint is None:
+            return self
+        return replace(self, grammar=await backend.compile(constraint))
 
     def requests(self, answer_id: str, client: str, arrived: float) -> Iterator[GenerationRequest]:
         """One domain request a choice, prompt by prompt; each prompt's first choice leads the others.
@@ -78,6 +86,7 @@ class Plan:
                     deadline=deadline,
                     client=client,
                     leader=f"{answer_id}-{index * self.n}" if choice else None,
+                    grammar=self.grammar,
                 )
 
 
@@ -88,87 +97,6 @@ def _of_choice(sampling: SamplingParams, choice: int) -> SamplingParams:
     seed = None if sampling.seed is None else (sampling.seed + choice) % _SEEDS
     # The prompt's log-probabilities are the same for all: computed once.
     return replace(sampling, seed=seed, prompt_logprobs=None)
-
-
-def choose_routing(
-    model: str,
-    gates: dict[str, float] | None,
-    options: RoutingOptions | None,
-    backend: Backend,
-    max_gate: float,
-) -> RoutingChoice:
-    """What `model`, `gates` and `routing` of a body mean together.
-
-    Raises:
-        ModelNotFoundError: `model` names nothing that is served.
-        UnknownExpertError: a gate names no expert.
-        LimitExceededError: more gates than experts, or a weight beyond `max_gate`.
-        InvalidRequestError: the three contradict each other.
-    """
-    experts = set(backend.expert_names())
-    routed = model == backend.bundle_name
-    if not routed and model != SHARED and model not in experts:
-        raise _no_model(model)
-    if gates is not None and not routed:
-        raise InvalidRequestError(
-            f"'gates' mixes experts itself: send it with model {backend.bundle_name!r}, not {model!r}.",
-            param="gates",
-        )
-    if options is not None and (gates is not None or not routed):
-        raise InvalidRequestError(
-            f"'routing' sets up the router: send it with model {backend.bundle_name!r} and without 'gates'.",
-            param="routing",
-        )
-    if gates is not None:
-        _check_gates(gates, experts, max_gate)
-        return RoutingChoice(gates=gates)
-    if routed:
-        if options is None:
-            return RoutingChoice()
-        return RoutingChoice(top_k=options.top_k, threshold=options.threshold, abstain=options.abstain)
-    return RoutingChoice(gates={} if model == SHARED else {model: 1.0})
-
-
-@contextlib.contextmanager
-def named_by(model: str, gates: Mapping[str, float] | None) -> Iterator[None]:
-    """Where experts are leased: one that was retired since `choose_routing` is missed under its own field.
-
-    Raises:
-        ModelNotFoundError: `model` named it.
-        UnknownExpertError: a gate named it.
-    """
-    try:
-        yield
-    except UnknownExpertError as error:
-        if gates is not None:
-            raise
-        raise _no_model(model) from error
-
-
-def _no_model(model: str) -> ModelNotFoundError:
-    return ModelNotFoundError(
-        f"The model {model!r} does not exist; GET /v1/models lists the names.", param="model"
-    )
-
-
-def _check_gates(gates: dict[str, float], experts: set[str], max_gate: float) -> None:
-    if len(gates) > len(experts):
-        raise LimitExceededError(
-            f"'gates' names {len(gates)} experts; {len(experts)} are registered.", param="gates"
-        )
-    for name, weight in gates.items():
-        param = f"gates.{name[:64]}"
-        if name not in experts:
-            raise UnknownExpertError(f"The expert {name[:64]!r} is not registered.", param=param)
-        check_weight(param, weight, max_gate)
-
-
-def check_weight(param: str, weight: float, max_gate: float) -> None:
-    """Raise LimitExceededError for a gate beyond the operator's bound."""
-    if abs(weight) > max_gate:
-        raise LimitExceededError(
-            f"{param} is {weight:g}; weights are limited to ±{max_gate:g} (max_gate).", param=param
-        )
 
 
 def check(
@@ -190,25 +118,11 @@ def check(
         TwinserveError: an unknown name, a contradiction, or a limit that the message names.
     """
     routing = choose_routing(body.model, body.gates, body.routing, backend, settings.max_gate)
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("'stream_options' is for stream = true only.", param="stream_options")
-    _at_most(body.n, settings.max_n, "n", "max_n")
-    _at_most(prompts, settings.max_prompts, "prompt", "max_prompts")
-    room = settings.max_batch + settings.max_queue
-    _at_most(prompts * body.n, room, "n", "max_batch + max_queue, for prompts times n")
-    _at_most(len(body.stop), settings.max_stop, "stop", "max_stop")
-    _at_most(len(body.stop_token_ids), settings.max_stop, "stop_token_ids", "max_stop")
-    for text in body.stop:
-        _at_most(len(text), settings.max_stop_length, "stop", "max_stop_length, in characters")
-    _in_vocabulary(body.stop_token_ids, backend.vocab_size, "stop_token_ids")
-    _in_vocabulary(body.logit_bias, backend.vocab_size, "logit_bias")
-    _at_most(body.reported or 0, settings.max_logprobs, body.reported_by, "max_logprobs")
-    if body.timeout is not None and settings.max_timeout_seconds is not None:
-        _at_most(body.timeout, settings.max_timeout_seconds, "timeout", "max_timeout_seconds")
+    check_bounds(body, prompts, backend, settings)
     if budget.asked is not None:
-        _at_most(budget.asked, settings.max_tokens, budget.param, "max_tokens")
+        at_most(budget.asked, settings.max_tokens, budget.param, "max_tokens")
     most = settings.max_tokens if budget.asked is None else budget.asked
-    _at_most(body.min_tokens, most, "min_tokens", "max_tokens")
+    at_most(body.min_tokens, most, "min_tokens", "max_tokens")
     return routing
 
 
@@ -219,16 +133,22 @@ def make_plan(
     prompts: Sequence[tuple[int, ...]],
     backend: Backend,
     settings: Settings,
+    bad_words: tuple[tuple[int, ...], ...] = (),
+    constraint: Constraint | None = None,
 ) -> Plan:
-    """Put a checked body and its token ids together.
+    """Put a checked body and its token ids together; a `constraint` goes before the body's own.
 
     Raises:
+        InvalidRequestError: `bad_words`, the body's as token ids, leave nothing to choose.
         ContextLengthError: a prompt and the tokens asked for do not fit the context.
     """
+    check_words(body, bad_words)
     sampling = []
     for prompt in prompts:
         room = backend.max_context - len(prompt)
         tokens = budget.asked
+        if tokens == 0:
+            tokens = 1
         if tokens is None:
             tokens = max(min(budget.default, settings.max_tokens, room), body.min_tokens)
         if tokens > room:
@@ -237,7 +157,7 @@ def make_plan(
                 f"model's context of {backend.max_context}. Shorten the prompt or lower {budget.param}.",
                 param=budget.param,
             )
-        sampling.append(_sampling(body, tokens))
+        sampling.append(_sampling(body, tokens, bad_words, constraint or body.constraint()))
     return Plan(
         prompts=prompts,
         sampling=sampling,
@@ -245,23 +165,16 @@ def make_plan(
         n=body.n,
         priority=body.priority,
         timeout=settings.max_timeout_seconds if body.timeout is None else body.timeout,
+        prompt_only=budget.asked == 0,
     )
 
 
-def _at_most(value: float, limit: float, param: str, name: str) -> None:
-    if value > limit:
-        raise LimitExceededError(f"{param} is {value}; the limit is {limit} ({name}).", param=param)
-
-
-def _in_vocabulary(tokens: Iterable[int], size: int, param: str) -> None:
-    for token in tokens:
-        if token >= size:
-            raise InvalidRequestError(
-                f"{param}: {token} is outside the vocabulary (0 to {size - 1}).", param=param
-            )
-
-
-def _sampling(body: SamplingBody, max_tokens: int) -> SamplingParams:
+def _sampling(
+    body: SamplingBody,
+    max_tokens: int,
+    bad_words: tuple[tuple[int, ...], ...],
+    constraint: Constraint | None,
+) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens,
@@ -280,4 +193,9 @@ def _sampling(body: SamplingBody, max_tokens: int) -> SamplingParams:
         logit_bias=tuple(body.logit_bias.items()),
         logprobs=body.reported,
         prompt_logprobs=body.prompt_reported,
+        include_stop=body.include_stop_str_in_output,
+        skip_special=body.skip_special_tokens,
+        allowed_token_ids=body.allowed_token_ids,
+        bad_words=bad_words,
+        constraint=constraint,
     )

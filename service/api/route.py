@@ -3,10 +3,11 @@
 from fastapi import APIRouter, Request, Response
 
 from service.api.backend import Backend
-from service.api.errors import ROUTING
 from service.api.generation import while_connected
-from service.api.plan import choose_routing, named_by
+from service.api.headers import routing_headers
+from service.api.naming import choose_routing, named_by
 from service.api.prompts import PromptEncoder
+from service.api.refusals import ROUTING
 from service.api.wire.answers import RouteAnswer, RouteChoice, RoutingAnswer
 from service.api.wire.routing import RouteBody
 from service.errors import LimitExceededError
@@ -44,7 +45,8 @@ def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder:
             ],
             usage={"prompt_tokens": tokens, "total_tokens": tokens},
         )
-        return Response(answer.dump(), media_type="application/json")
+        headers = routing_headers(outcomes)
+        return Response(answer.dump(), media_type="application/json", headers=headers)
 
 
 def _at_most(value: int, limit: int, param: str, name: str) -> None:

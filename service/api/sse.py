@@ -3,7 +3,8 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -19,18 +20,33 @@ _KEEPALIVE = b": keep-alive\n\n"
 
 
 class EventStream(Response):
-    """Sends each of `chunks` as one event, then `[DONE]`; an error on the way is the last event instead.
+    """Sends each of `chunks` as one event, then `done`; an error on the way is the last event instead.
 
     Args:
         chunks: JSON texts without newlines.
         close: called once at the end, however it came.
         keepalive: seconds of silence after which a comment is sent.
+        done: what a stream that ended well ends with.
+        failure: the JSON object of an error.
+        framed: `chunks` are whole events, names and blank lines included.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None], keepalive: float) -> None:
+    def __init__(
+        self,
+        chunks: AsyncIterator[bytes],
+        close: Callable[[], None],
+        keepalive: float,
+        *,
+        done: bytes = _DONE,
+        failure: Callable[[TwinserveError], Mapping[str, Any]] = error_body,
+        framed: bool = False,
+    ) -> None:
         super().__init__(headers=_HEADERS)
+        self._done = done
+        self._failure = failure
+        self._framed = framed
         del self.headers["content-length"]
         self._chunks = chunks
         self._close = close
@@ -58,15 +74,18 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for chunk in self._chunks:
-                await self._send(send, b"data: " + chunk + b"\n\n")
-            last = _DONE
+                await self._send(send, chunk if self._framed else b"data: " + chunk + b"\n\n")
+            last = self._done
         except TwinserveError as error:
-            last = _error_event(error)
+            last = self._failed(error)
         except Exception:  # noqa: BLE001 the status line is out; only an event can still say so
             _log.exception("stream failed")
-            last = _error_event(internal_error())
+            last = self._failed(internal_error())
         self._open = False
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _failed(self, error: TwinserveError) -> bytes:
+        return b"data: " + json.dumps(self._failure(error)).encode() + b"\n\n"
 
     async def _send(self, send: Send, body: bytes) -> None:
         message: Message = {"type": "http.response.body", "body": body, "more_body": True}
@@ -80,10 +99,6 @@ class EventStream(Response):
             await asyncio.sleep(self._last + self._keepalive - clock())
             if self._open and clock() - self._last >= self._keepalive:
                 await self._send(send, _KEEPALIVE)
-
-
-def _error_event(error: TwinserveError) -> bytes:
-    return b"data: " + json.dumps(error_body(error)).encode() + b"\n\n"
 
 
 async def _disconnect(receive: Receive) -> None:

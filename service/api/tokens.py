@@ -19,7 +19,9 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = frozenset(special)
+        self._special_names = frozenset(str(token) for token in special.values())
         # Decoders treat a text's first token differently, so that each is decoded behind this one.
         self._before = list(tokenizer.encode("a", add_special_tokens=False))[-1:]
         self._before_text = self._decode(self._before)
@@ -47,6 +49,10 @@ class TokenTexts:
     def is_special(self, token: int) -> bool:
         """It stands for no text: answers leave it out."""
         return token in self._special
+
+    def names_special(self, text: str) -> bool:
+        """A special token is written that way."""
+        return text in self._special_names
 
     def _find(self, token: int) -> bytes:
         both = self._decode([*self._before, token])

@@ -45,6 +45,7 @@ class Memory:
         """Keep one that has ended."""
         self._expire(routed.at)
         self._requests[request_id] = routed
+        self._requests.move_to_end(request_id)  # an id that came again is as new as any
         while len(self._requests) > self._limit:
             self._requests.popitem(last=False)
 

@@ -3,7 +3,12 @@
 import os
 from pathlib import Path
 
-from service.errors import ExpertRejectedError, InvalidRequestError, PathNotAllowedError
+from service.errors import (
+    ExpertRejectedError,
+    FolderNotFoundError,
+    InvalidRequestError,
+    PathNotAllowedError,
+)
 
 _MAX_ENTRIES = 10_000
 
@@ -21,7 +26,8 @@ def confine(root: Path | None, path: str) -> Path:
     Raises:
         PathNotAllowedError: it, or a link inside it, leads out of the root; or there is no root.
         InvalidRequestError: it cannot be a path.
-        ExpertRejectedError: it does not exist, or holds something that is neither a file nor a folder.
+        FolderNotFoundError: it does not exist.
+        ExpertRejectedError: it holds something that is neither a file nor a folder.
     """
     if root is None:
         raise PathNotAllowedError(
@@ -36,7 +42,7 @@ def confine(root: Path | None, path: str) -> Path:
             f"The path {path!r} is not below the experts' root (TWINSERVE_EXPERTS_ROOT).", param="path"
         )
     if not _is_folder(folder):
-        raise ExpertRejectedError(f"There is no folder {path!r} below the experts' root.", param="path")
+        raise FolderNotFoundError(f"There is no folder {path!r} below the experts' root.", param="path")
     _check_entries(folder, real_root)
     return folder
 

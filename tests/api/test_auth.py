@@ -1,21 +1,26 @@
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
+import httpx
 import pytest
 
-from service.api.auth import OPEN_PATHS
+from service.keys import digest_of
 from service.serve import assemble
 from service.settings import Settings
 from tests.api.harness import ADMIN_KEY, Served, error_of, serving
 from tests.fixtures.tiny import TinyFamily
 
 KEYS = ("first-key", "second-key")
+OPEN = {"/health", "/health/live", "/health/ready", "/version"}
+"""Whatever else the app may come to answer is closed."""
 
 
 @pytest.fixture(scope="module")
 def locked(family: TinyFamily, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text("# clients\nkey-of-the-file\n\n")
+    keys.write_text(f"# clients\nkey-of-the-file\nalice = sha256:{digest_of('hashed-key').hex()}\n\n")
     with serving(family.bundle, api_keys=",".join(KEYS), api_keys_file=keys, admin_key=ADMIN_KEY) as served:
         yield served
 
@@ -28,18 +33,18 @@ def routes(bundle: Path) -> list[tuple[str, str]]:
     for route in server.config.app.routes:  # type: ignore[union-attr]
         methods = getattr(route, "methods", None)
         assert methods, f"{route} is not an HTTP route; is it behind the check?"
-        path = route.path.replace("{name}", "alpha").replace("{name:path}", "alpha")
+        path = re.sub(r"{\w+(:\w+)?}", "alpha", route.path)
         found += [(method, path) for method in methods]
     return found
 
 
-def test_every_route_but_probes_scrape_and_version_wants_a_key(locked: Served, family: TinyFamily) -> None:
+def test_every_route_but_probes_and_version_wants_a_key(locked: Served, family: TinyFamily) -> None:
     every = routes(family.bundle)
     assert len(every) > 12
     for method, path in every:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-API-Key": ""}):
             answer = locked.http.request(method, path, headers=headers)
-            if path in OPEN_PATHS:
+            if path in OPEN:
                 assert answer.status_code in (200, 405), path
             else:
                 assert answer.status_code == 401, (method, path)
@@ -47,12 +52,46 @@ def test_every_route_but_probes_scrape_and_version_wants_a_key(locked: Served, f
                 assert answer.headers["www-authenticate"] == "Bearer"
 
 
+def test_no_other_spelling_or_method_of_a_route_slips_by(locked: Served, family: TinyFamily) -> None:
+    for _, path in routes(family.bundle):
+        if path in OPEN:
+            continue
+        spelt = [
+            f"{path}/",
+            f"/{path}",
+            f"/.{path}",
+            f"/health/..{path}",
+            f"/version/%2e%2e{path}",
+            "".join(f"%{byte:02x}" if byte != ord("/") else "/" for byte in path.encode()),
+            f"/{quote(path[1:], safe='')}",
+            f"{path}?/version",
+            f"{path};/health",
+            path.upper(),
+        ]
+        for other in (path, *spelt):
+            for method in (
+                ("GET", "HEAD", "OPTIONS", "POST", "PROPFIND") if other == path else ("GET", "POST")
+            ):
+                url = httpx.URL(locked.url).copy_with(raw_path=other.encode())
+                answer = locked.http.request(method, url)
+                assert answer.status_code == 401, (method, other)
+
+
+def test_metrics_want_a_key_of_either_kind_unless_they_are_open(locked: Served, family: TinyFamily) -> None:
+    assert locked.http.get("/metrics").status_code == 401
+    for key in (*KEYS, ADMIN_KEY):
+        assert locked.http.get("/metrics", headers={"X-API-Key": key}).status_code == 200
+    with serving(family.bundle, api_keys="a-key", metrics_open=True) as scraped:
+        assert scraped.http.get("/metrics").status_code == 200
+        assert scraped.http.get("/v1/models").status_code == 401
+
+
 def test_what_does_not_exist_wants_a_key_too(locked: Served) -> None:
     for path in ("/v2/anything", "//v1/models", "/V1/models", "/v1/../metrics/x", "/health/", "/metricsx"):
         assert locked.http.get(path).status_code == 401, path
 
 
-@pytest.mark.parametrize("key", [*KEYS, "key-of-the-file"])
+@pytest.mark.parametrize("key", [*KEYS, "key-of-the-file", "hashed-key"])
 def test_each_key_opens_v1_in_either_header(locked: Served, key: str) -> None:
     for headers in (
         {"Authorization": f"Bearer {key}"},
@@ -70,7 +109,17 @@ def test_keys_do_not_cross_between_v1_and_admin(locked: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["Basic Zmlyc3Qta2V5", "first-key", "Bearer", "Bearer first-key x", "Bearer firSt-key"]
+    "header",
+    [
+        "Basic Zmlyc3Qta2V5",
+        "first-key",
+        "Bearer",
+        "Bearer first-key x",
+        "Bearer firSt-key",
+        "Bearer alice",
+        f"Bearer sha256:{digest_of('hashed-key').hex()}",
+        f"Bearer {digest_of('hashed-key').hex()}",
+    ],
 )
 def test_other_forms_of_a_key_are_refused(locked: Served, header: str) -> None:
     assert locked.http.get("/v1/models", headers={"Authorization": header}).status_code == 401

@@ -125,10 +125,24 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("unknown field", {"temprature": 1}, "temprature", "invalid_request"),
     ("best_of", {"best_of": 2}, "best_of", "unsupported_parameter"),
     ("suffix", {"suffix": "x"}, "suffix", "unsupported_parameter"),
-    ("prompt_logprobs", {"prompt_logprobs": 1}, "prompt_logprobs", "unsupported_parameter"),
-    ("guided", {"guided_regex": "a*"}, "guided_regex", "unsupported_parameter"),
-    ("continuous", {"stream": True, "stream_options": {"continuous_usage_stats": True}},
-     "stream_options.continuous_usage_stats", "unsupported_parameter"),
+    ("prompt_logprobs", {"prompt_logprobs": 6}, "prompt_logprobs", "limit_exceeded"),
+    ("all prompt_logprobs", {"prompt_logprobs": -1}, "prompt_logprobs", "invalid_request"),
+    ("streamed prompt_logprobs", {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "invalid_request"),
+    ("nothing to say", {"max_tokens": 0, "echo": False}, "max_tokens", "invalid_request"),
+    ("nothing allowed", {"allowed_token_ids": []}, "allowed_token_ids", "invalid_request"),
+    ("allowed beyond", {"allowed_token_ids": [VOCABULARY]}, "allowed_token_ids", "invalid_request"),
+    ("blank bad word", {"bad_words": [" "]}, "bad_words", "invalid_request"),
+    ("many bad words", {"bad_words": ["a"] * 129}, "bad_words", "invalid_request"),
+    ("truncate to nothing", {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "invalid_request"),
+    ("truncate to more", {"truncate_prompt_tokens": 101}, "truncate_prompt_tokens", "context_length_exceeded"),
+    ("request_id", {"request_id": "has a space"}, "request_id", "invalid_request"),
+    ("long request_id", {"request_id": "x" * 129}, "request_id", "invalid_request"),
+    ("metadata", {"metadata": {"a": 1}}, "metadata.a", "invalid_request"),
+    ("routing temperature", {"routing": {"temperature": 0}}, "routing.temperature", "invalid_request"),
+    ("routing router", {"routing": {"router": "oracle"}}, "routing.router", "invalid_request"),
+    ("guided", {"guided_regex": "("}, "guided_regex", "invalid_request"),
+    ("obfuscation", {"stream": True, "stream_options": {"include_obfuscation": True}},
+     "stream_options.include_obfuscation", "unsupported_parameter"),
 ]  # fmt: skip
 
 
@@ -263,7 +277,7 @@ def test_a_large_body_is_refused_by_its_length_and_in_chunks(strict: Served) -> 
 def test_unknown_routes_and_methods_have_the_same_shape(strict: Served) -> None:
     for method, path, status in (
         ("GET", "/v1/nothing", 404),
-        ("GET", "/", 404),
+        ("GET", "/", 405),
         ("POST", "/v1/completions/", 404),
         ("GET", "/v1/completions", 405),
         ("PUT", "/v1/models", 405),

@@ -71,7 +71,10 @@ def test_max_tokens_and_max_completion_tokens_may_only_agree(server: Served) -> 
         ([], "messages", "invalid_request"),
         ("hello", "messages", "invalid_request"),
         ([{"role": "user"}], "messages[0].content", "invalid_request"),
-        ([{"role": "tool", "content": "1"}], "messages[0].role", "invalid_request"),
+        ([{"role": "oracle", "content": "1"}], "messages[0].role", "invalid_request"),
+        ([{"role": "tool", "content": "1"}], "messages[0].tool_call_id", "invalid_request"),
+        ([{**USER, "tool_call_id": "1"}], "messages[0].tool_call_id", "invalid_request"),
+        ([{"role": "assistant", "content": None}], "messages[0].content", "invalid_request"),
         ([{"role": "user", "content": 5}], "messages[0].content", "invalid_request"),
         ([{"role": "user", "content": []}], "messages[0].content", "invalid_request"),
         (
@@ -79,12 +82,12 @@ def test_max_tokens_and_max_completion_tokens_may_only_agree(server: Served) -> 
             "messages[0].content[0].type",
             "unsupported_parameter",
         ),
-        ([USER, {**USER, "name": "bob"}], "messages[1].name", "unsupported_parameter"),
+        ([USER, {**USER, "name": ""}], "messages[1].name", "invalid_request"),
         ([{**USER, "colour": "red"}], "messages[0].colour", "invalid_request"),
         (
             [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
-            "messages[0].tool_calls",
-            "unsupported_parameter",
+            "messages[0].tool_calls[0].function",
+            "invalid_request",
         ),
     ],
 )
@@ -101,8 +104,7 @@ def test_bad_messages_are_refused_with_their_place(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("response_format", {"type": "json_object"}),
+        ("functions", [{"name": "f"}]),
         ("modalities", ["audio"]),
         ("audio", {"voice": "x"}),
         ("chat_template", "{{ 1 }}"),
@@ -131,3 +133,35 @@ def test_neutral_values_of_unsupported_fields_are_accepted(server: Served) -> No
         "metadata": {},
     }
     chat(server, [{**USER, "name": None}], max_tokens=1, **neutral)
+
+
+def rendered(server: Served, **body: Any) -> str:
+    """The prompt that a chat becomes."""
+    told = chat(server, max_tokens=1, return_token_ids=True, **body)
+    return str(server.runtime.tokenizer.decode(told["prompt_token_ids"]))
+
+
+def test_the_last_message_is_continued_or_the_next_one_opened(server: Served) -> None:
+    begun = [USER, {"role": "assistant", "content": "It is"}]
+    assert rendered(server, messages=begun, continue_final_message=True).endswith("assistant\nIt is")
+    assert rendered(server, messages=[USER]).endswith("<|im_start|>assistant\n")
+    assert rendered(server, messages=[USER], add_generation_prompt=False).endswith("2.<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    ],
+)
+def test_what_the_template_cannot_do_is_refused_by_name(
+    server: Served, change: dict[str, Any], param: str
+) -> None:
+    answer = server.post("/v1/chat/completions", {"model": "tiny", "messages": [USER], **change})
+    assert answer.status_code == 400
+    assert str(error_of(answer)["param"]).startswith(param)

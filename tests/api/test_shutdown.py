@@ -1,9 +1,11 @@
 """The command itself: what it prints, how it refuses to start, how it ends."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.harness import error_of, serving
+from tests.api.harness import error_of, eventually, serving
 from tests.fixtures.tiny import TinyFamily
 
 ROOT = Path(__file__).parents[2]
@@ -64,19 +66,31 @@ def test_sigterm_lets_running_requests_end_and_refuses_new_ones(
             lines = answer.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
+            assert eventually(lambda: httpx.get(f"{url}/health/ready").status_code == 503)
+            assert httpx.get(f"{url}/health/live").status_code == 200
+            for refused in (
+                httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "a"}),
+                httpx.get(f"{url}/v1/models"),
+            ):
+                assert refused.status_code == 503
+                assert error_of(refused)["code"] == "shutting_down"
+                assert int(refused.headers["retry-after"]) >= 1
+                assert refused.headers["connection"] == "close"
             received = list(lines)
         assert "data: [DONE]" in received
         ends = [line for line in received if '"finish_reason":"length"' in line]
         assert len(ends) == 16
-        with pytest.raises(httpx.TransportError):
-            client.get("/health", timeout=5)
     _, log = process.communicate(timeout=30)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{url}/health", timeout=5)
     assert process.returncode == 0
     entries = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert any("draining" in entry["message"] for entry in entries)
-    access = next(entry for entry in entries if entry["logger"] == "service.access")
-    assert access["status"] == 200
+    access = next(
+        entry for entry in entries if entry["logger"] == "service.access" and entry["status"] == 200
+    )
     assert access["request_id"]
+    assert access["completion_tokens"] == 16 * 240
     assert "Traceback" not in log
 
 
@@ -91,6 +105,7 @@ def test_a_drain_that_takes_too_long_ends_requests_with_an_error(family: TinyFam
         "float32",
         TWINSERVE_DRAIN_SECONDS="0",
     )
+    stack = contextlib.ExitStack()
     assert process.stdout is not None
     try:
         url = next(
@@ -98,17 +113,43 @@ def test_a_drain_that_takes_too_long_ends_requests_with_an_error(family: TinyFam
         )
         drained = threading.Thread(target=process.stdout.read)
         drained.start()
+        plain: list[httpx.Response] = []
+        asking = threading.Thread(
+            target=lambda: plain.append(httpx.post(f"{url}/v1/completions", json=LONG, timeout=60))
+        )
+        idle = stack.enter_context(
+            socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60)
+        )
+        idle.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        answered = b""
+        while not answered.endswith(b"}"):
+            answered += idle.recv(4096)
+        assert b"200 OK" in answered
         with httpx.stream(
             "POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60
         ) as answer:
             lines = answer.iter_lines()
             next(lines)
+            asking.start()
+            scraped = f"{url}/metrics"
+            assert eventually(
+                lambda: (
+                    "twinserve_num_requests_waiting 0.0" not in httpx.get(scraped).text
+                    or "twinserve_num_requests_running 32.0" in httpx.get(scraped).text
+                )
+            )
             process.send_signal(signal.SIGTERM)
             received = [line for line in lines if line]
         assert json.loads(received[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+        asking.join()
+        assert plain[0].status_code == 503
+        assert error_of(plain[0])["code"] == "shutting_down"
+        assert plain[0].headers["retry-after"]
+        assert idle.recv(1) == b"", "an idle connection was not closed"
         assert process.wait(30) == 0
         drained.join()
     finally:
+        stack.close()
         process.kill()
         process.communicate()
 

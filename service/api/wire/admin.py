@@ -7,7 +7,7 @@ from pydantic import Field, StringConstraints, model_validator
 from service.api.wire.base import WireModel
 
 Text = Annotated[str, StringConstraints(min_length=1)]
-ExpertName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\z")]
+ExpertName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class RegisterBody(WireModel):

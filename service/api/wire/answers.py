@@ -57,7 +57,7 @@ class UsageAnswer(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokens
+    prompt_tokens_details: PromptTokens | None = None
 
     @classmethod
     def of(cls, usage: Usage) -> Self:
@@ -68,6 +68,12 @@ class UsageAnswer(Answer):
             total_tokens=usage.prompt_tokens + usage.completion_tokens,
             prompt_tokens_details=PromptTokens(cached_tokens=usage.cached_tokens),
         )
+
+    @classmethod
+    def so_far(cls, prompt_tokens: int, completion_tokens: int) -> Self:
+        """Of an answer under way."""
+        total = prompt_tokens + completion_tokens
+        return cls(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
 
 
 class CompletionLogprobs(Answer):
@@ -111,6 +117,22 @@ class ChatLogprobs(Answer):
     refusal: None = None
 
 
+class PromptLogprob(Answer):
+    """What the model thought of one token at a place of the prompt, in vLLM's shape.
+
+    Attributes:
+        rank: 1 for the likeliest.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""By place: token id → what was thought of it; null for the first, which nothing predicts."""
+
+
 class Ending(Answer):
     """What is null in every piece of a choice but its last."""
 
@@ -119,24 +141,48 @@ class Ending(Answer):
     routing: RoutingAnswer | None = None
 
 
-class _Text(Answer):
+class TokenIdsAnswer(Answer):
+    """vLLM's, where `return_token_ids` asks for it."""
+
+    token_ids: list[int] | None = None
+
+
+class _Text(TokenIdsAnswer):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class CompletionChoice(Ending, _Text):
     """A raw completion, or a piece of one."""
 
 
+class FunctionCall(Answer):
+    """A function and its arguments, a JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Answer):
+    """One call."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatMessage(Answer):
-    """The assistant's turn."""
+    """The assistant's turn; the content is null where it only calls tools."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[ToolCall] | None = None
 
 
-class _Message(Answer):
+class _Message(TokenIdsAnswer):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
@@ -146,14 +192,31 @@ class ChatChoice(Ending, _Message):
     """A turn."""
 
 
+class FunctionDelta(Answer):
+    """A piece of a call: the first has the name."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(Answer):
+    """A piece of the call of that index; the first has its id."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatDelta(Answer):
     """A piece of a turn; the first names the role."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
-class _Delta(Answer):
+class _Delta(TokenIdsAnswer):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
@@ -164,7 +227,12 @@ class ChatChunkChoice(Ending, _Delta):
 
 
 class Generated(Answer):
-    """An answer of a generating endpoint, or one chunk of its stream."""
+    """An answer of a generating endpoint, or one chunk of its stream.
+
+    Attributes:
+        routing: of the only prompt; several have theirs in their choices.
+        prompt_token_ids, prompt_logprobs: of a chat; a completion's choices have their own.
+    """
 
     id: str
     object: str
@@ -173,6 +241,8 @@ class Generated(Answer):
     choices: list[CompletionChoice | ChatChoice | ChatChunkChoice]
     usage: UsageAnswer | None = None
     routing: RoutingAnswer | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     def dump(self) -> bytes:
         """JSON of what was set: a chunk in the middle of a stream has no usage, not even a null one."""

@@ -12,9 +12,21 @@ from pydantic_core import PydanticCustomError
 
 UNKNOWN_FIELD = "unknown_field"
 UNSUPPORTED_FIELD = "unsupported_field"
+FIELD_AT_FAULT = "field_at_fault"
 
 Neutral = Mapping[str, tuple[Any, ...]]
 """Known but unsupported field → the values besides null that ask for nothing."""
+
+
+def at_fault(name: str, message: str) -> PydanticCustomError:
+    """For a validator of a whole body: what is wrong with one of its fields.
+
+    Args:
+        name: of the field.
+        message: what follows its name and a colon.
+    """
+    # A template of pydantic's own would read braces in the message.
+    return PydanticCustomError(FIELD_AT_FAULT, "{message}", {"name": name, "message": message})
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -36,8 +48,10 @@ class WireModel(BaseModel):
         if not isinstance(data, dict):
             return data
         kept: dict[str, Any] = {}
+        # By alias, where a field's own name would hide a method of pydantic's.
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in data.items():
-            if name in cls.model_fields:
+            if name in known:
                 if value is not None:
                     kept[name] = value
             elif name not in cls.unsupported:

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
-from service.api.wire.base import Neutral
+from service.api.wire.base import Neutral, at_fault
 from service.api.wire.sampling import SHARED_NEUTRAL, SamplingBody
 
 PromptItem = str | tuple[int, ...]
@@ -56,18 +56,45 @@ Prompt = Annotated[
 class CompletionBody(SamplingBody):
     """A request for raw completions."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "embedded", "prompt": "How is planet spelled?", "max_tokens": 16, "temperature": 0},
+                {
+                    "model": "embedded",
+                    "prompt": ["Conjugate walk", "How is zebra spelled?"],
+                    "routing": {"top_k": 1, "threshold": 0.2},
+                    "logprobs": 2,
+                    "seed": 7,
+                },
+                {"model": "spell", "prompt": [504, 314], "stream": True, "return_token_ids": True},
+            ]
+        }
+    )
+
     unsupported: ClassVar[Neutral] = {
         **SHARED_NEUTRAL,
-        "add_special_tokens": (True,),
         "prompt_embeds": (),
         "suffix": ("",),
     }
 
     prompt: Prompt
+    max_tokens: int | None = Field(
+        default=None, ge=0, description="16 where it is not given; 0 is for an echo alone"
+    )
+    add_special_tokens: bool = Field(
+        default=True, description="vLLM's: the tokenizer's own around a prompt that is text"
+    )
     echo: bool = Field(default=False, description="the text begins with the prompt")
     logprobs: int | None = Field(
         default=None, ge=0, description="log-probabilities of each token and of that many likeliest ones"
     )
+
+    @model_validator(mode="after")
+    def _something_to_say(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise at_fault("max_tokens", "must be at least 1; 0 is for echo = true alone")
+        return self
 
     @property
     def reported(self) -> int | None:
@@ -76,5 +103,11 @@ class CompletionBody(SamplingBody):
 
     @property
     def prompt_reported(self) -> int | None:
-        """`logprobs`, where the prompt is part of the answer."""
+        """`prompt_logprobs`; and `logprobs`, where the prompt is part of the answer."""
+        asked = [count for count in (self.prompt_logprobs, self.echoed) if count is not None]
+        return max(asked, default=None)
+
+    @property
+    def echoed(self) -> int | None:
+        """Of `prompt_reported`, what the echoed prompt shows."""
         return self.logprobs if self.echo else None

@@ -17,7 +17,7 @@ class FeedbackBody(WireModel):
         choice: which of its choices, by `index`.
     """
 
-    request_id: Annotated[str, StringConstraints(min_length=1, max_length=128)]
+    request_id: Annotated[str, StringConstraints(min_length=1, max_length=160)]
     reward: float = Field(ge=-1, le=1)
     choice: int = Field(default=0, ge=0, le=2**31 - 1)
 

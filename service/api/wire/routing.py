@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from service.api.wire.base import WireModel
 from service.api.wire.chat import Messages
@@ -17,6 +17,18 @@ def _chats(value: Any) -> Any:
 
 class RouteBody(WireModel):
     """One or more inputs: `prompt` as for completions, or `messages` (one chat, or a list of chats)."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": ["How is zebra spelled?", "Conjugate walk"]},
+                {
+                    "messages": [{"role": "user", "content": "Conjugate walk"}],
+                    "routing": {"top_k": 2, "temperature": 2.0},
+                },
+            ]
+        }
+    )
 
     model: ModelName | None = None
     prompt: Prompt | None = None

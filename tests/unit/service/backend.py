@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.core import (
+    Constraint,
     EngineGauges,
     Event,
     ExpertStatus,
@@ -27,7 +28,8 @@ END = Finished("stop", Usage(prompt_tokens=3, completion_tokens=2), OUTCOME)
 class Letters:
     """One token a character: `a` is 97, `d` is 0."""
 
-    chat_template = "{{ messages }}"
+    chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    special_tokens_map: dict[str, str] = field(default_factory=dict)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [ord(character) % 100 for character in text]
@@ -39,9 +41,6 @@ class Letters:
 
     def convert_ids_to_tokens(self, token: int) -> str:
         return self.decode([token])
-
-    def apply_chat_template(self, turns: list[dict[str, str]], **_: Any) -> str:
-        return "".join(turn["content"] for turn in turns)
 
 
 @dataclass
@@ -88,6 +87,7 @@ class ScriptedBackend:
     answer: Callable[[GenerationRequest], Sequence[Event | float | Exception]] = lambda _: says("a", "b")
     tokenizer: Any = field(default_factory=Letters)
     vocab_size: int = 100
+    state_size: int = 8
     max_context: int = 64
     bundle_name: str = "family"
     alive: bool = True
@@ -107,6 +107,12 @@ class ScriptedBackend:
         self, prompts: Sequence[tuple[int, ...]], choice: RoutingChoice
     ) -> Sequence[RoutingOutcome]:
         return [OUTCOME] * len(prompts)
+
+    async def compile(self, constraint: Constraint) -> object:
+        return constraint
+
+    def router_names(self) -> Sequence[str]:
+        return ("mlp",)
 
     def expert_names(self) -> frozenset[str]:
         return frozenset(status.name for status in self.experts() if status.state == "active")

@@ -27,32 +27,6 @@ def test_settings_cannot_change() -> None:
         Settings().port = 1  # type: ignore[misc]
 
 
-def test_keys_come_from_a_list_and_a_file_and_never_print(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    file = tmp_path / "keys"
-    file.write_text("# comment\n\n  key-3  \n")
-    monkeypatch.setenv("TWINSERVE_API_KEYS", "key-1, key-2,,")
-    settings = Settings(api_keys_file=file, admin_key="key-4")
-    assert [key.get_secret_value() for key in settings.all_api_keys()] == ["key-1", "key-2", "key-3"]
-    assert "key-" not in repr(settings)
-
-
-@pytest.mark.parametrize("content", [None, "", "# nothing\n", "admin\n"])
-def test_a_key_file_that_would_leave_the_server_open_stops_it(tmp_path: Path, content: str | None) -> None:
-    file = tmp_path / "keys"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(ValueError, match="TWINSERVE_API_KEYS_FILE"):
-        Settings(api_keys_file=file, admin_key="admin").all_api_keys()
-
-
-def test_the_admin_key_must_be_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TWINSERVE_API_KEYS", "same")
-    with pytest.raises(ValidationError, match="must differ"):
-        Settings(admin_key="same")
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -78,6 +52,12 @@ def test_the_admin_key_must_be_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -
         ("merged_bytes", -1),
         ("mix_mode", "shared"),
         ("native", "yes"),
+        ("requests_per_minute", 0),
+        ("max_concurrent", 0),
+        ("stream_backlog", 0),
+        ("header_seconds", 0),
+        ("cors_origins", "example.org"),
+        ("cors_origins", "https://example.org/path"),
         ("no_such_setting", 1),
     ],
 )

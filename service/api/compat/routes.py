@@ -1,0 +1,17 @@
+"""All routes of other servers, put on one router."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from service.api.compat import llamacpp, lorax, vllm
+from service.api.compat.running import Parts
+from service.registrar import Registrar
+
+
+def add_routes(router: APIRouter, parts: Parts, registrar: Registrar) -> None:
+    """Put them on `router`, whose route class they share."""
+    base: Any = router.route_class
+    vllm.add_routes(router, registrar)
+    llamacpp.add_routes(router, parts, base)
+    lorax.add_routes(router, parts, base)

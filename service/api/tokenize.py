@@ -1,0 +1,64 @@
+"""`/tokenize` and `/detokenize`: the tokenizer that all experts share, by itself."""
+
+from fastapi import APIRouter, Response
+
+from service.api.backend import Backend
+from service.api.chat import rendering
+from service.api.naming import choose_routing
+from service.api.prompts import PromptEncoder
+from service.api.refusals import refusals
+from service.api.tokens import TokenTexts
+from service.api.wire.tokenize import (
+    DetokenizeAnswer,
+    DetokenizeBody,
+    TokenizeAnswer,
+    TokenizeBody,
+    TokenPiece,
+)
+from service.errors import LimitExceededError, ModelNotFoundError
+from service.settings import Settings
+
+_REFUSALS = refusals(ModelNotFoundError)
+
+
+def add_routes(
+    router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder, texts: TokenTexts
+) -> None:
+    """Put `POST /tokenize` and `POST /detokenize` on `router`."""
+
+    def check(model: str | None) -> None:
+        if model is not None:
+            choose_routing(model, None, None, backend, settings.max_gate)
+
+    @router.post("/tokenize", response_model=TokenizeAnswer, responses=_REFUSALS)
+    async def tokenize(body: TokenizeBody) -> Response:
+        """Encode a text or a chat of any length, as a generating endpoint would."""
+        check(body.model)
+        if body.messages is not None:
+            if len(body.messages) > settings.max_messages:
+                raise LimitExceededError(
+                    f"messages has {len(body.messages)} items; the limit is {settings.max_messages} "
+                    "(max_messages).",
+                    param="messages",
+                )
+            how = rendering(body, special=body.special)
+            ids = await encoder.chat_tokens(body.messages, how=how)
+        else:
+            text = body.prompt if body.prompt is not None else body.content or ""
+            ids = await encoder.tokens(text, special=body.special)
+        answer = TokenizeAnswer(
+            count=len(ids),
+            max_model_len=backend.max_context,
+            tokens=[TokenPiece(id=token, piece=texts.text_of(token)) for token in ids]
+            if body.with_pieces
+            else list(ids),
+            token_strs=encoder.pieces(ids) if body.return_token_strs else None,
+        )
+        return Response(answer.dump(), media_type="application/json")
+
+    @router.post("/detokenize", response_model=DetokenizeAnswer, responses=_REFUSALS)
+    async def detokenize(body: DetokenizeBody) -> Response:
+        """Decode token ids; the text of whole characters comes back as it was encoded."""
+        check(body.model)
+        text = await encoder.text(body.tokens, "tokens")
+        return Response(DetokenizeAnswer(prompt=text, content=text).dump(), media_type="application/json")
