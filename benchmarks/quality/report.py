@@ -61,7 +61,7 @@ def _held_out(entries: list[Entry]) -> list[Figure]:
         note = (
             f"{base} base, {largest} experts, {twin['seeds']} draws; standard error "
             f"{twin['held_out_error'] / 100:.3f}; rivals: "
-            + ", ".join(f"{name} {entry['held_out'] / 100:.3f}" for name, entry in rivals.items())
+            + ", ".join(f"{n} {e['held_out'] / 100:.3f} (n {e['n']})" for n, e in rivals.items())
         )
         aim = None if best is None else round(best / 100, 4)
         found.append(HELD_OUT.figure(twin["held_out"] / 100, twin["n"], COMMAND, note, aim))

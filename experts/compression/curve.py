@@ -66,7 +66,8 @@ def codec_points(
     for form in forms:
         before = -1
         for fraction in fractions if form != "one-bit" else (None,):
-            budget = None if fraction is None else int(fraction * model_nbytes)
+            # No form fits into a single byte, so that one stands for none.
+            budget = None if fraction is None else max(int(fraction * model_nbytes), 1)
             if form in _CODECS and budget is not None:
                 spec = CompressionSpec(budget_bytes=budget, dtype=_CODECS[form], allocation=allocation)
                 point = _factored(form, fraction, linear, spec, statistics)

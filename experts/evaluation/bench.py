@@ -103,6 +103,8 @@ class Bench:
         if plan is None or spec is None:
             raise EvaluationError("Twin with a router needs compressed exclusive vectors; give a compression")
         own = [self.weights.exclusive(name, system.shared, experts, spec) for name in experts]
+        if any(each.change.keys() - each.factors.keys() for each in own):
+            raise EvaluationError("gates act on factors alone; compress with extras='fold'")
         shared = self.weights.shared(system.shared, experts)
         build = self.weights.build_seconds + sum(each.seconds for each in own)
         self._patched.apply(shared.items())

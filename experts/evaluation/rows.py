@@ -83,12 +83,14 @@ class Yardsticks:
         return found.get(count) or (found[max(found)] if found else None)
 
     def ratios(self, row: Row, kind: str, tasks: Iterable[str]) -> dict[str, Mean]:
-        """Task → score in % of the yardstick's; without the tasks where that is 0 or not known."""
+        """Task → score in % of the yardstick's; without the tasks where that is 0 or not known, or is of as many
+        questions that are others.
+        """
         found = {}
         for task in tasks:
             cell = row.cells.get(task)
             own = None if cell is None else self.of(row.setting, kind, task, cell.score.count)
-            if cell is not None and own is not None and own.score.mean > 0:
+            if cell is not None and own is not None and own.score.mean > 0 and _comparable(cell, own):
                 unit = 100 / own.score.mean
                 found[task] = Mean(cell.score.mean * unit, cell.score.standard_error * unit)
         return found
@@ -97,21 +99,29 @@ class Yardsticks:
 def rows_of(store: Store, study: str) -> list[Row]:
     """The rows of a study, in the order in which they were first measured.
 
-    Where a row was measured with several settings or numbers of items, the last one measured counts.
+    Where a row was measured with several settings, the last one measured counts; where a task was with several
+    numbers of items, the last one of that task: a task with fewer questions than were asked for stands in the row
+    of the others.
     """
     groups: dict[tuple[Any, ...], dict[str, dict[str, Cell]]] = {}
     for cell in store.cells(study=study, split="test"):
         about = cell.parameters
         experts = tuple(about["experts"])
         group = groups.setdefault((about["setting"], about["row"], experts, about["seed"]), {})
-        measured = group.pop(f"{about['system']} {about['n']}", {})
-        group[f"{about['system']} {about['n']}"] = {**measured, about["task"]: cell}
+        measured = group.pop(str(about["system"]), {})
+        group[str(about["system"])] = {**measured, about["task"]: cell}
     rows = []
     for (setting, name, experts, seed), group in groups.items():
         cells = next(reversed(group.values()))
         system = next(iter(cells.values())).parameters["system"]
         rows.append(Row(study, setting, name, experts, seed, system, cells))
     return rows
+
+
+def _comparable(cell: Cell, own: Cell) -> bool:
+    """Whether the same questions were asked, as far as equal numbers of them tell."""
+    asked = (cell.parameters["n"], cell.parameters.get("questions"))
+    return asked[0] != own.parameters["n"] or asked[1] == own.parameters.get("questions")
 
 
 def mean(ratios: Iterable[Mean]) -> Mean:

@@ -4,13 +4,20 @@ Start reading at `prepare.py`. May import bundle, checkpoint, compression and ro
 """
 
 from experts.registry.prepare import describe_source, exclusive_vector, prepare_expert
-from experts.registry.refit import MIN_PROMPTS, join_by_weights, profile_prompts, refit_router
+from experts.registry.refit import (
+    MIN_PROMPTS,
+    join_by_weights,
+    known_by_prompts,
+    profile_prompts,
+    refit_router,
+)
 
 __all__ = [
     "MIN_PROMPTS",
     "describe_source",
     "exclusive_vector",
     "join_by_weights",
+    "known_by_prompts",
     "prepare_expert",
     "profile_prompts",
     "refit_router",

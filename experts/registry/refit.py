@@ -91,6 +91,14 @@ def join_by_weights(bundle: Bundle, name: str, source: Path) -> Router | None:
     )
 
 
+def known_by_prompts(bundle: Bundle, name: str) -> bool:
+    """Whether the router learned the expert from prompts, which a generation that brings none is routed by too."""
+    router = bundle.router()
+    if router is None or name not in router.names:
+        return False
+    return not (isinstance(router, DataFree) and name in router.free)
+
+
 def profile_prompts(bundle: Bundle, prompts: Sequence[str]) -> tuple[Tensor, int]:
     """Features of prompts on the bundle's shared expert, for `refit_router`, and the forms of each prompt.
 

@@ -111,6 +111,10 @@ class Judging(Protocol):
 class DataFree(Protocol):
     """A router that an expert can join by its weights alone."""
 
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The experts that joined so."""
+
     def joined_data_free(self, name: str, responses: Tensor) -> Router:
         """With one more expert of which no prompt is known.
 

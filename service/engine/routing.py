@@ -100,9 +100,9 @@ class Dispatcher:
         abstained = choice.abstain and bool(silent[0])
         pattern = self.catalogue.lease({} if abstained else gates)
         told = outcome(pattern, router.generation, scores, abstained=abstained)
-        if decision is not None:
-            explored = decision.explored and not abstained
-            told = replace(told, explored=explored, decision=decision)
+        # A guard decides with certainty, so that a rating of what followed tells feedback nothing of its own choice.
+        if decision is not None and not abstained:
+            told = replace(told, explored=decision.explored, decision=decision)
         return pattern, told
 
 

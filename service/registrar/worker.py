@@ -24,7 +24,13 @@ import torch
 
 from experts.bundle import Bundle
 from experts.errors import ExpertsError
-from experts.registry import describe_source, join_by_weights, prepare_expert, refit_router
+from experts.registry import (
+    describe_source,
+    join_by_weights,
+    known_by_prompts,
+    prepare_expert,
+    refit_router,
+)
 from service.errors import RequestFailedError
 
 _log = logging.getLogger(__name__)
@@ -82,7 +88,8 @@ def perform(job: Job) -> dict[str, Any]:
     spec = spec.model_copy(update={"allocation": "energy"})
     compressed = prepare_expert(bundle, job.name, job.source, spec)
     if job.features is None:
-        router = None if _is_routed(bundle, job.name) else join_by_weights(bundle, job.name, job.source)
+        kept = known_by_prompts(bundle, job.name)
+        router = None if kept else join_by_weights(bundle, job.name, job.source)
     else:
         router = refit_router(bundle, job.name, torch.from_numpy(job.features), forms=job.forms, replace=True)
     bundle.publish_expert(
@@ -99,11 +106,6 @@ def perform(job: Job) -> dict[str, Any]:
         "max_rank": report.max_rank,
         "tensors": {handling: handled.count(handling) for handling in ("factored", "exact", "folded")},
     }
-
-
-def _is_routed(bundle: Bundle, name: str) -> bool:
-    """Whether requests are routed to the expert already."""
-    return name in bundle.manifest.router.names
 
 
 def _main(job: Job, results: Connection) -> None:

@@ -52,23 +52,28 @@ def test_every_route_but_probes_and_version_wants_a_key(locked: Served, family: 
                 assert answer.headers["www-authenticate"] == "Bearer"
 
 
+def spelt(path: str) -> list[str]:
+    """What a careless server might take for the same path."""
+    return [
+        f"{path}/",
+        f"/{path}",
+        f"/.{path}",
+        f"/health/..{path}",
+        f"/version/%2e%2e{path}",
+        "".join(f"%{byte:02x}" if byte != ord("/") else "/" for byte in path.encode()),
+        f"/{quote(path[1:], safe='')}",
+        f"{path}?/version",
+        f"{path};/health",
+        *(f"{path}{end}" for end in ("%0a", "%0d", "%0a%0a", "%00", "%20", "%e2%80%a8")),
+        path.upper(),
+    ]
+
+
 def test_no_other_spelling_or_method_of_a_route_slips_by(locked: Served, family: TinyFamily) -> None:
     for _, path in routes(family.bundle):
         if path in OPEN:
             continue
-        spelt = [
-            f"{path}/",
-            f"/{path}",
-            f"/.{path}",
-            f"/health/..{path}",
-            f"/version/%2e%2e{path}",
-            "".join(f"%{byte:02x}" if byte != ord("/") else "/" for byte in path.encode()),
-            f"/{quote(path[1:], safe='')}",
-            f"{path}?/version",
-            f"{path};/health",
-            path.upper(),
-        ]
-        for other in (path, *spelt):
+        for other in (path, *spelt(path)):
             for method in (
                 ("GET", "HEAD", "OPTIONS", "POST", "PROPFIND") if other == path else ("GET", "POST")
             ):
@@ -106,6 +111,23 @@ def test_keys_do_not_cross_between_v1_and_admin(locked: Served) -> None:
     assert locked.http.get("/admin/experts", headers=admin).status_code == 200
     assert locked.http.get("/v1/models", headers=admin).status_code == 401
     assert locked.http.get("/admin/experts", headers=user).status_code == 401
+
+
+def test_what_changes_experts_opens_to_no_inference_key_however_it_is_spelt(locked: Served) -> None:
+    user = {"X-API-Key": KEYS[0]}
+    for path, body in (
+        ("/v1/load_lora_adapter", {"lora_name": "alpha", "lora_path": "alpha", "load_inplace": True}),
+        ("/v1/unload_lora_adapter", {"lora_name": "alpha"}),
+        ("/lora-adapters", [{"id": 0, "scale": 0.5}]),
+    ):
+        for other in (path, *spelt(path)):
+            url = httpx.URL(locked.url).copy_with(raw_path=other.encode())
+            answer = locked.http.request("POST", url, headers=user, json=body)
+            assert answer.status_code in (401, 404), other
+        url = httpx.URL(locked.url).copy_with(raw_path=f"{path}%0a".encode())
+        assert locked.http.request("POST", url, headers=user, json=body).status_code == 401
+    served = locked.http.get("/v1/models", headers=user).json()["data"]
+    assert "alpha" in {model["id"] for model in served}
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,6 @@ async def respond(request: Request, body: CompatBody, plan: Plan, telling: Telli
         TwinserveError: refused at admission, or failed before the answer began.
         ClientGoneError: the client hung up before the answer began.
     """
-    plan = await plan.compiled(parts.backend)
     answer_id = f"{telling.prefix}-{uuid.uuid4().hex}"
     plan = await plan.compiled(parts.backend)
     with named_by(body.model, body.gates):

@@ -102,3 +102,8 @@ def test_an_impossible_density_is_refused(density: float) -> None:
         dare(torch.eye(3), density, 0)
     with pytest.raises(CompressionError, match="1 or 16"):
         sparse(torch.eye(3), 0.5, value_bits=3)
+
+
+def test_a_budget_below_one_byte_has_no_point() -> None:
+    forms = [form for form in FORMS if form != "one-bit"]
+    assert list(codec_points(stream, model_nbytes=100, forms=forms, fractions=(0.001,))) == []

@@ -76,3 +76,29 @@ def test_errors_of_draws_and_of_items_join() -> None:
     joined = over_seeds([Mean(90, 3), Mean(100, 3), Mean(110, 3)])
     assert joined.value == 100
     assert joined.error == pytest.approx(math.hypot(3, 10 / math.sqrt(3)))
+
+
+def test_a_task_with_fewer_questions_than_were_asked_for_stays_in_the_row(tmp_path: Path) -> None:
+    merged = {"system": STATIC, "experts": {"a": "1"}}
+    store = store_of(
+        tmp_path,
+        cell("reference", "base", "long", [0.5] * 4),
+        cell("reference", "base", "short", [0.5] * 3),
+        cell("scale", "x", "long", [0.1] * 2, **merged),
+        cell("scale", "x", "short", [0.1] * 2, **merged),
+        cell("scale", "x", "long", [0.5] * 4, **merged),
+        cell("scale", "x", "short", [0.25] * 3, **merged),
+    )
+    (row,) = rows_of(store, "scale")
+    assert {task: each.score.count for task, each in row.cells.items()} == {"long": 4, "short": 3}
+    assert row.items == 3
+    assert entries(store, "scale")[0]["held_out"] == pytest.approx(75)
+
+
+def test_other_questions_are_no_yardstick(tmp_path: Path) -> None:
+    store = store_of(
+        tmp_path,
+        cell("reference", "expert", "a", [0.5, 0.5], questions="new"),
+        cell("tables", "x", "a", [0.5, 0.5], experts={"a": "1"}, questions="old"),
+    )
+    assert Yardsticks(store).ratios(rows_of(store, "tables")[0], "expert", ["a"]) == {}

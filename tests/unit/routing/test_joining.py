@@ -8,7 +8,7 @@ import torch
 from experts.build import BuildPlan, build_bundle
 from experts.bundle import Bundle
 from experts.checkpoint import Checkpoint, open_fine_tune
-from experts.registry import describe_source, join_by_weights, prepare_expert
+from experts.registry import describe_source, join_by_weights, known_by_prompts, prepare_expert
 from experts.registry.responses import readable, responses
 from experts.routing import FeatureSpec, decoder_layers
 from experts.routing.loading import load_model
@@ -58,6 +58,18 @@ def test_experts_with_prompts_are_known_by_them_beside_those_without(family, tmp
     bundle = built(family, tmp_path / "bundle", router="subspace", prompts={"alpha": family.prompts["alpha"]})
     assert bundle.router().free == ("beta",)
     assert bundle.router().known.names == ("alpha",)
+
+
+def test_only_an_expert_with_prompts_keeps_its_place_when_a_generation_brings_none(family, tmp_path):
+    bundle = joined(built(family, tmp_path / "bundle", router="gaussian", guard_rate=0.05), family, tmp_path)
+    assert known_by_prompts(bundle, "alpha")
+    assert not known_by_prompts(bundle, "gamma")
+    assert not known_by_prompts(bundle, "nobody")
+    before = bundle.router().rows
+    source = tiny_lora(tmp_path / "other", family.base, rank=2, seed=10)
+    after = join_by_weights(bundle, "gamma", source)
+    assert after.free == ("gamma",)
+    assert not torch.equal(after.rows, before)
 
 
 def test_without_a_guard_the_expert_waits_for_requests_that_name_it(family, tmp_path):

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from experts.routing import BanditSpec, ContextMap
-from service.core import RoutingOutcome
+from experts.routing import BanditSpec, ContextMap, FeatureSpec
+from experts.routing.gaussian import GaussianRouter
+from service.core import ExpertKey, RoutingChoice, RoutingOutcome
+from service.engine.routing import Dispatcher, RoutingDefaults
 from service.errors import AlreadyRatedError, InvalidRequestError, RequestNotFoundError
 from service.feedback import Feedback, FeedbackOptions, Snapshots
+from service.scheduler.catalogue import Catalogue
 from tests.unit.service.backend import ScriptedBackend
 from tests.unit.service.edge import BODY, call
 
@@ -231,3 +234,24 @@ def test_feedback_that_is_off_says_so() -> None:
 def test_a_wrong_rating_is_refused(body: dict[str, Any]) -> None:
     answer = call(ScriptedBackend(), body, "/v1/feedback")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+
+
+def test_an_answer_that_the_guard_left_to_the_shared_expert_teaches_nothing():
+    generator = torch.Generator().manual_seed(0)
+    apart = torch.tensor([5.0, 5, 5, 0, 0, 0])
+    near = {
+        "a": torch.randn(40, 6, generator=generator) + apart,
+        "b": torch.randn(40, 6, generator=generator) + apart.flip(0),
+    }
+    router = GaussianRouter.fit(near, near, FeatureSpec(pooling="mean"), guard_rate=0.05)
+    catalogue = Catalogue()
+    for name in near:
+        catalogue.publish(ExpertKey(name, 1))
+    dispatcher = Dispatcher(catalogue, router, RoutingDefaults())
+    dispatcher.adjuster = made()
+    known = dispatcher.route(near["a"][0], RoutingChoice())[1]
+    strange = dispatcher.route(torch.tensor([9.0, -9, 9, -9, 9, -9]), RoutingChoice())[1]
+    assert (known.abstained, strange.abstained) == (False, True)
+    assert known.decision is not None
+    assert strange.decision is None
+    assert not strange.explored
