@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -9,7 +10,9 @@ from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
+from service.api.errors import ClientGoneError
 from service.errors import InvalidRequestError, LimitExceededError
 from service.record import current
 
@@ -21,6 +24,9 @@ _BODY_LOGGED = 16384
 
 # A string is possessive and may lack its end, so that no input makes the scan start over: it stays linear.
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.?+)*+"?+|[\[{]|[\]}]', re.DOTALL)
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escape that is a half; most often its other half follows."""
 
 
 def json_depth(body: bytes) -> int:
@@ -40,6 +46,24 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"the number {number[:64]} is beyond the largest one")
+    return value
+
+
+def _check_text(value: Any) -> None:
+    """Refuse half of a surrogate pair: JSON can escape it, but no answer could repeat it, nor any model read it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise InvalidRequestError(
+            f"The body's text cannot be encoded: {half!r} is half of a surrogate pair."
+        ) from error
+
+
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object with a name twice means different things to different readers: refuse it."""
     result = dict(pairs)
@@ -50,7 +74,7 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(body: bytes, max_depth: int) -> Any:
-    """Parse RFC 8259 JSON: UTF-8, no NaN or Infinity, no repeated names, bounded nesting.
+    """Parse RFC 8259 JSON: UTF-8, finite numbers, no repeated names, whole characters, bounded nesting.
 
     Raises:
         InvalidRequestError: not such JSON.
@@ -60,7 +84,12 @@ def parse_json(body: bytes, max_depth: int) -> Any:
     if body.count(b"[") + body.count(b"{") > max_depth and json_depth(body) > max_depth:
         raise LimitExceededError(f"The body nests deeper than {max_depth} levels (max_json_depth).")
     try:
-        return json.loads(body, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
+        parsed = json.loads(
+            body.decode(),
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_refuse_repeats,
+        )
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from error
     except json.JSONDecodeError as error:
@@ -69,6 +98,9 @@ def parse_json(body: bytes, max_depth: int) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"The body is not valid JSON: {error}.") from error
+    if _SURROGATE.search(body):
+        _check_text(parsed)
+    return parsed
 
 
 class _ParsedRequest(Request):
@@ -106,7 +138,10 @@ def json_route(max_depth: int, *, log_bodies: bool = False) -> type[APIRoute]:
                         415, f"Send the body as Content-Type: application/json, not {kind or 'without one'}."
                     )
                 parsed = _ParsedRequest(request.scope, request.receive)
-                body = await parsed.body()
+                try:
+                    body = await parsed.body()
+                except ClientDisconnect as error:
+                    raise ClientGoneError from error
                 if not body:
                     raise InvalidRequestError("The body is empty; send a JSON object.")
                 parsed.parsed = parse_json(body, max_depth)

@@ -12,7 +12,7 @@ from service.api.generation import Batch, Completed, Piece, begun, while_connect
 from service.api.headers import routing_headers
 from service.api.naming import named_by
 from service.api.plan import Plan
-from service.api.shapes import AnyChoice, Scores, Shape
+from service.api.shapes import AnyChoice, Scores, Shape, routing_of
 from service.api.sse import EventStream
 from service.api.wire.answers import Generated, UsageAnswer
 from service.api.wire.sampling import SamplingBody, StreamOptions
@@ -109,7 +109,9 @@ class _Answering:
                 closing = self.shape.closing(index, event)
                 yield self._chunk(closing, **so_far(index), routing=closing.routing)
         if options.include_usage:
-            yield self._chunk(None, usage=_usage([ends[index] for index in sorted(ends)], self.plan))
+            told = [ends[index] for index in sorted(ends)]
+            routed = {"routing": routing_of(told[0])} if len(self.plan.prompts) == 1 else {}
+            yield self._chunk(None, usage=_usage(told, self.plan), **routed)
 
 
 async def _replayed(held: Sequence[Piece]) -> AsyncIterator[Piece]:

@@ -152,10 +152,11 @@ def make_plan(
         if tokens is None:
             tokens = max(min(budget.default, settings.max_tokens, room), body.min_tokens)
         if tokens > room:
+            param = "min_tokens" if budget.asked is None else budget.param
             raise ContextLengthError(
                 f"The prompt has {len(prompt)} tokens and {tokens} are asked for; together they exceed the "
-                f"model's context of {backend.max_context}. Shorten the prompt or lower {budget.param}.",
-                param=budget.param,
+                f"model's context of {backend.max_context}. Shorten the prompt or lower {param}.",
+                param=param,
             )
         sampling.append(_sampling(body, tokens, bad_words, constraint or body.constraint()))
     return Plan(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -64,7 +65,8 @@ def _renamed() -> Iterator[None]:
         yield
     except TwinserveError as error:
         for theirs, ours in _NAMES.items():
-            error.message = error.message.replace(theirs, ours)
+            # Whole words: `max_messages` is a setting.
+            error.message = re.sub(rf"\b{re.escape(theirs)}\b", ours, error.message)
             if error.param is not None and error.param.startswith(theirs):
                 # Items of the input are not the chat's messages one by one.
                 error.param = ours

@@ -70,10 +70,6 @@ class ChatTemplate:
             template = template.get(name)
         return str(template or "")
 
-    def reads(self, name: str, *, tools: bool = False) -> bool:
-        """The template uses a variable of that name."""
-        return name in self._read(self.text(tools=tools))
-
     def check(self, messages: Sequence[Mapping[str, Any]], how: Rendering, param: str) -> None:
         """Refuse what the template would leave out in silence.
 

@@ -224,6 +224,9 @@ def send(strict: Served, content: bytes, **headers: str) -> httpx.Response:
         b'{"model": "tiny", "prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}",
         b'{"model": "tiny", "prompt": "a lone surrogate \\ud800"}',
         b'{"model": "tiny\\ud800", "prompt": "a"}',
+        b'{"model": "tiny", "prompt": "a", "\\ud800": 1}',
+        b'{"model": "tiny", "prompt": "a", "gates": {"\\ud800": 1}}',
+        b'{"model": "tiny", "prompt": "a", "routing": {"\\ud800": 1}}',
         b"\x00\x01\x02",
     ],
 )

@@ -42,6 +42,7 @@ def test_usage_comes_last_when_asked_for(server: Served) -> None:
     chunks = server.chunks("/v1/completions", {**COMPLETION, "stream_options": {"include_usage": True}})
     assert chunks[-1]["choices"] == []
     assert counts(chunks[-1]) == counts(whole)
+    assert chunks[-1]["routing"] == chunks[-2]["routing"] == whole["routing"]
     assert all("usage" not in chunk for chunk in chunks[:-1])
     assert all("usage" not in chunk for chunk in server.chunks("/v1/completions", COMPLETION))
 

@@ -47,6 +47,31 @@ def test_constants_that_json_does_not_have_are_refused(constant: str) -> None:
         parse_json(f'{{"a": {constant}}}'.encode(), 8)
 
 
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "1" + "0" * 400 + ".0"])
+def test_a_number_beyond_the_largest_is_refused(number: str) -> None:
+    with pytest.raises(InvalidRequestError, match="beyond the largest"):
+        parse_json(f'{{"a": [{number}]}}'.encode(), 8)
+
+
+@pytest.mark.parametrize(
+    "body", [r'{"\ud800": 1}', r'{"a": ["\uDC00"]}', r'["\ud83d\ud83d\ude00"]', r'"\uD83D \uDE00"']
+)
+def test_half_a_surrogate_pair_is_no_text_wherever_it_stands(body: str) -> None:
+    with pytest.raises(InvalidRequestError, match="half of a surrogate pair"):
+        parse_json(body.encode(), 8)
+
+
+def test_whole_surrogate_pairs_and_escaped_backslashes_are_text() -> None:
+    assert parse_json(rb'{"\ud83d\ude00": "\\ud800"}', 8) == {"\U0001f600": r"\ud800"}
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-32-le", "latin-1", "utf-8-surrogate"])
+def test_another_encoding_than_utf_8_is_refused(codec: str) -> None:
+    body = b'{"a": "\xed\xa0\x80"}' if codec == "utf-8-surrogate" else '{"a": "ü"}'.encode(codec)
+    with pytest.raises(InvalidRequestError):
+        parse_json(body, 8)
+
+
 def test_a_name_given_twice_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="'a' is given twice"):
         parse_json(b'{"b": 1, "a": 1, "a": 2}', 8)

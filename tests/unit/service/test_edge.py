@@ -4,10 +4,10 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -412,3 +412,33 @@ def test_a_script_is_not_cancelled_before_its_end() -> None:
     assert answer.json()["choices"][0]["text"] == "a"
     assert isinstance(backend.scripts[0], Script)
     assert backend.scripts[0].position == 2
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = ScriptedBackend()
+    registrar = Registrar(cast(LiveExperts, backend), cast(Bundle, None), None)
+    app = create_app(backend, Settings(bundle=Path("none")), Metrics(CollectorRegistry()), registrar)
+    heard = iter(({"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}))
+    told: list[MutableMapping[str, Any]] = []
+
+    async def receive() -> MutableMapping[str, Any]:
+        return next(heard)
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        told.append(message)
+
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"content-length", b"100")],
+        "client": ("127.0.0.1", 1),
+    }
+    asyncio.run(app(scope, receive, send))
+    assert told[0]["status"] == 499
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
