@@ -85,6 +85,20 @@ def test_merged_adapters_are_exactly_the_gates(server: Served, client: lorax.Cli
     assert "details" not in answer
 
 
+def test_metrics_know_whose_answer_it_was(server: Served) -> None:
+    def counted() -> float:
+        labels = 'gen_ai_operation_name="text_completion",gen_ai_provider_name="twinserve"'
+        name = "gen_ai_server_request_duration_seconds_count"
+        try:
+            return server.metric(f'{name}{{error_type="",{labels},gen_ai_request_model="beta"}}')
+        except AssertionError:
+            return 0
+
+    before = counted()
+    generate(server, adapter_id="beta")
+    assert eventually(lambda: counted() == before + 1)
+
+
 def test_the_router_takes_its_options(server: Served) -> None:
     assert list(generate(server, routing={"top_k": 1})["routing"]["gates"]) == ["alpha"]
 

@@ -19,6 +19,7 @@ from service.api.tokens import TokenTexts
 from service.api.wire.sampling import SamplingBody
 from service.core import RoutingOutcome
 from service.errors import TwinserveError
+from service.record import current
 from service.settings import Settings
 
 Pieces = AsyncIterator[Piece]
@@ -83,6 +84,9 @@ async def respond(request: Request, body: CompatBody, plan: Plan, telling: Telli
         TwinserveError: refused at admission, or failed before the answer began.
         ClientGoneError: the client hung up before the answer began.
     """
+    record = current()
+    if record is not None and not record.model:
+        record.model = body.model
     answer_id = f"{telling.prefix}-{uuid.uuid4().hex}"
     plan = await plan.compiled(parts.backend)
     with named_by(body.model, body.gates):
