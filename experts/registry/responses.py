@@ -15,8 +15,8 @@ from experts.checkpoint import Checkpoint, FineTune
 from experts.errors import RoutingError
 from experts.factors import Delta, LowRank, added
 
-RANK = 16
-"""Directions kept of each group of matrices."""
+RANK = 24
+"""Directions kept of each group of matrices: what three adapters of rank 8 span together."""
 GROUPS = (
     (("input_layernorm",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     (("pre_feedforward_layernorm", "post_attention_layernorm"), ("mlp.gate_proj", "mlp.up_proj")),

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from experts.routing import FeatureSpec
-from experts.routing.contrast import Contrast, voted, whitened
+from experts.routing.contrast import Contrast, peculiar, voted, whitened
 from experts.routing.features import Pooling
 
 HIDDEN = 16
@@ -50,8 +50,8 @@ def test_every_part_of_a_feature_is_read_in_every_layer(pooling: Pooling, parts:
     background = draws(40, spec.size(HIDDEN), seed=1)
     contrast = Contrast.of(rows, background, 2, spec)
     found = contrast.readings(background[:5], torch.tensor([0, 1, 0, 1, 0]))
-    assert found.shape == (5, 2, parts * 3 * 2)
-    assert torch.allclose(found.sum(1), torch.zeros(5, parts * 6), atol=1e-4)
+    assert found.shape == (5, 2, 2 * parts * 3 * 2)
+    assert torch.allclose(found.sum(1), torch.zeros(5, 2 * parts * 6), atol=1e-4)
 
 
 def test_an_expert_without_rows_in_a_group_has_no_voice_there_and_changes_nobody_elses():
@@ -70,3 +70,45 @@ def test_one_loud_reading_does_not_outvote_the_others():
     shares = voted(found, torch.zeros(1, 2, 3), torch.ones(1, 2, 3)).exp()
     assert shares[0, 1] > shares[0, 0]
     assert float(shares.sum()) < 1
+
+
+def tilted(experts: int, tilt: float, hidden: int = 256) -> torch.Tensor:
+    """(experts, 1, 1, 4, hidden) orthonormal rows of spans that are one up to a small tilt of each."""
+    start = draws(4, hidden, seed=7)
+    spans = [torch.linalg.qr((start + tilt * draws(4, hidden, seed=20 + i)).T)[0].T for i in range(experts)]
+    return torch.stack(spans)[:, None, None]
+
+
+@pytest.mark.parametrize(("experts", "hidden"), [(3, 256), (12, 16)], ids=["fewer rows", "more rows"])
+def test_what_spans_of_one_start_have_in_common_is_taken_off(experts: int, hidden: int):
+    units = tilted(experts, 0.1, hidden)
+    own = peculiar(units)
+    common = torch.linalg.svd(units.flatten(0, 3))[2][:4]
+    assert float((own @ common.T).abs().max()) < 1e-4
+    assert 0 < float(own.square().sum()) < 0.1 * float(units.square().sum())
+
+
+def test_spans_of_unlike_starts_and_one_expert_alone_stay_whole():
+    for units in (tilted(3, 100.0), tilted(1, 0.1)):
+        assert torch.equal(peculiar(units), units)
+
+
+def test_experts_of_one_span_have_nothing_of_their_own():
+    units = tilted(1, 0.0).repeat(2, 1, 1, 1, 1)
+    assert torch.equal(peculiar(units), torch.zeros_like(units))
+
+
+def test_experts_of_one_start_are_told_apart_by_their_tilts():
+    spec = FeatureSpec(layer=1, pooling="mean")
+    start, tilts = draws(4, 256, seed=7), draws(3, 256, seed=8)
+    rows = torch.stack([torch.linalg.qr((start + 0.3 * tilt).T)[0].T for tilt in tilts])[:, None, None]
+    background = draws(300, 256, seed=9)
+    features = background[:60] + 0.8 * tilts.repeat_interleave(20, 0)
+    contrast = Contrast.of(rows, background, 1, spec)
+    levels, found = (
+        contrast.readings(each, torch.zeros(len(each), dtype=torch.long)) for each in (background, features)
+    )
+    scores = (found - levels.mean(0)) / levels.std(0)
+    right = (scores.argmax(1) == torch.arange(3).repeat_interleave(20)[:, None]).float().mean(0)
+    assert float(right[1]) > 0.9
+    assert float(right[1]) >= float(right[0])

@@ -185,4 +185,4 @@ def test_forms_that_differ_more_than_tasks_do_not_hide_them():
     rows = {name: weights(index) for index, name in enumerate(NAMES)}
     router = SubspaceRouter.of(rows, background, SPEC, forms=2)
     assert (router.probabilities(prompts(1, 40, 1)).argmax(1) == 1).float().mean() > 0.9
-    assert router.mean.shape == (2, 3, 6)
+    assert router.mean.shape == (2, 3, 12)
