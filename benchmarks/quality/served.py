@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=Path(".twinserve/bundle"))
     parser.add_argument("--store", type=Path, default=Path(".twinserve/eval/cells.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("build/embedded"))
-    parser.add_argument("--items", type=int, default=100)
+    parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--int8", action="store_true", help="only what int8 shared weights make of the mean")
     arguments = parser.parse_args()
     experts = yardstick(Store(arguments.store), arguments.items)

@@ -1,7 +1,7 @@
 """`/v1/chat/completions`: a template in front of the same path, and calls of tools behind it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
@@ -112,6 +112,9 @@ async def prepare(
         raise InvalidRequestError("'top_logprobs' is for logprobs = true only.", param="top_logprobs")
     keep = kept_tokens(body, budget.asked, backend, settings)
     how = rendering(body, special=body.add_special_tokens)
+    if not body.calls and how.tools and not encoder.template.shows_tools():
+        # Agents send their tools along even where none may be called.
+        how = replace(how, tools=[])
     prompt = await encoder.chat(body.messages, how=how, keep=keep)
     telling = Telling.of(body)
     style = call_style(encoder.template.text(tools=True)) if body.calls else None

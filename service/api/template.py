@@ -70,6 +70,10 @@ class ChatTemplate:
             template = template.get(name)
         return str(template or "")
 
+    def shows_tools(self) -> bool:
+        """Whether it tells the model of tools."""
+        return "tools" in self._read(self.text(tools=True))
+
     def check(self, messages: Sequence[Mapping[str, Any]], how: Rendering, param: str) -> None:
         """Refuse what the template would leave out in silence.
 

@@ -61,7 +61,8 @@ class Memory:
         if routed is None or routed.client != client:
             raise RequestNotFoundError(
                 f"No routed answer {request_id[:128]!r} is remembered: only finished answers whose gates the router "
-                f"chose can be rated, for {self._seconds:g} s (TWINSERVE_FEEDBACK_SECONDS).",
+                f"chose can be rated, for {self._seconds:g} s (TWINSERVE_FEEDBACK_SECONDS). A router other than the "
+                "MLP is watched for 64 prompts first, and what its guard left alone teaches nothing.",
                 param="request_id",
             )
         if routed.rated:

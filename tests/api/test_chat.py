@@ -141,6 +141,18 @@ def rendered(server: Served, **body: Any) -> str:
     return str(server.runtime.tokenizer.decode(told["prompt_token_ids"]))
 
 
+def test_tools_that_may_not_be_called_need_no_template_that_shows_them(server: Served) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    body = {"model": "tiny", "messages": [USER], "max_tokens": 4, "temperature": 0}
+    with_tools = server.post("/v1/chat/completions", {**body, "tools": tools, "tool_choice": "none"})
+    assert with_tools.status_code == 200, with_tools.text
+    plain = server.post("/v1/chat/completions", body)
+    assert with_tools.json()["choices"][0]["message"] == plain.json()["choices"][0]["message"]
+    callable_ = server.post("/v1/chat/completions", {**body, "tools": tools})
+    assert callable_.status_code == 400
+    assert error_of(callable_)["param"] == "tools"
+
+
 def test_the_last_message_is_continued_or_the_next_one_opened(server: Served) -> None:
     begun = [USER, {"role": "assistant", "content": "It is"}]
     assert rendered(server, messages=begun, continue_final_message=True).endswith("assistant\nIt is")
