@@ -29,7 +29,7 @@ from benchmarks.api.served import Books, Server
 _ROWS = 32
 _CHOICES = 16
 _PLUGS = 32 * _ROWS // _CHOICES
-"""Many times what runs at once: a client that opens thousands of connections is slow to send one again."""
+"""Many times what runs at once: opening thousands of connections takes a while."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,10 @@ async def _measure(server: Server, count: int, tokens: int) -> Held:
         together = 0
         while together < count and not any(task.done() for task in tasks):
             await asyncio.sleep(0.1)
-            # What plugs hold of the queue is not counted.
             books = await asyncio.to_thread(server.books)
-            together = max(together, books.running + books.waiting - _PLUGS * _CHOICES)
+            # What plugs may still hold of the queue is not counted.
+            held = _CHOICES * sum(not plug.done() for plug in plugs)
+            together = max(together, min(count, books.running + books.waiting - held))
         await gather_or_cancel(*plugs)
         got = await asyncio.gather(*tasks)
         seconds = time.perf_counter() - started
@@ -129,7 +130,7 @@ async def _ask(client: httpx.AsyncClient, one: Question, *, stream: bool) -> Ans
 
 
 async def _plug(client: httpx.AsyncClient) -> None:
-    """Keep rows busy until cancelled; without the router, whose answer choices would wait for."""
+    """Keep rows busy for a while; without the router, whose answer choices would wait for."""
     body = {
         "model": "shared",
         "prompt": "Plug.",
@@ -138,9 +139,8 @@ async def _plug(client: httpx.AsyncClient) -> None:
         "ignore_eos": True,
         "priority": -1000,
     }
-    while True:
-        async for _ in chunks(client, Question("/v1/completions", body)):
-            pass
+    async for _ in chunks(client, Question("/v1/completions", body)):
+        pass
 
 
 class Peak:
