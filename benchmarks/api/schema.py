@@ -103,7 +103,8 @@ def throw(python: Path, url: str, key: str, *, examples: int, seconds: int, seed
         document.write_text(json.dumps(narrowed(whole, names)), encoding="utf-8")
         done = subprocess.run(
             [
-                python, "-m", "schemathesis.cli", "run", document, "--url", url, "--checks", ",".join(CHECKS),
+                python.absolute(), "-m", "schemathesis.cli", "run", document, "--url", url,
+                "--checks", ",".join(CHECKS),
                 "--max-examples", str(examples), "--max-time", str(seconds), "--seed", str(seed),
                 # One thread: Hypothesis parses sources, which CPython 3.11 does not bear from two at once.
                 "--workers", "1",
