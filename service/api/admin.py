@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Response
 
+from service.api.bounds import at_most_items
 from service.api.refusals import refusals
 from service.api.wire.admin import RegisterBody
 from service.api.wire.answers import ExpertAnswer, ExpertList, RegisteredAnswer
@@ -12,7 +13,6 @@ from service.errors import (
     ExpertNotFoundError,
     ExpertRejectedError,
     FolderNotFoundError,
-    LimitExceededError,
     PathNotAllowedError,
     QueueFullError,
     RegistrationTimeoutError,
@@ -65,12 +65,7 @@ def add_routes(router: APIRouter, registrar: Registrar, settings: Settings) -> N
     )
     async def register(body: RegisterBody) -> Response:
         """Make an expert of a folder on the server and serve it, while requests run."""
-        if len(body.prompts) > settings.max_profile_prompts:
-            raise LimitExceededError(
-                f"prompts has {len(body.prompts)} items; the limit is {settings.max_profile_prompts} "
-                "(max_profile_prompts).",
-                param="prompts",
-            )
+        at_most_items(len(body.prompts), settings.max_profile_prompts, "prompts", "max_profile_prompts")
         registered = await registrar.register(
             Registration(
                 name=body.name,

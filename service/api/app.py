@@ -24,12 +24,12 @@ from service.api.backend import Backend
 from service.api.body import json_route
 from service.api.compat import routes as compat
 from service.api.compat.adapters import AdapterIds
-from service.api.compat.running import Parts
 from service.api.document import DocumentedApp
 from service.api.errors import install_handlers
 from service.api.headers import GENERATIONS, PATTERN, ROUTER_GENERATION
 from service.api.limits import LimitCallers
 from service.api.middleware import Authenticate, LimitBody, Observe, RefuseWhileDraining
+from service.api.parts import Parts
 from service.api.prompts import PromptEncoder
 from service.api.tokens import TokenTexts
 from service.classify import Classifier
@@ -107,18 +107,18 @@ def create_app(
     texts = TokenTexts(backend.tokenizer)
     router = app.router
     router.route_class = json_route(settings.max_json_depth, log_bodies=settings.log_prompts)
-    ids = AdapterIds(backend.expert_names)
-    completions.add_routes(router, backend, settings, encoder, texts, ids)
-    chat.add_routes(router, backend, settings, encoder, texts, ids)
+    parts = Parts(backend, settings, encoder, texts, AdapterIds(backend.expert_names))
+    completions.add_routes(router, parts)
+    chat.add_routes(router, parts)
     route.add_routes(router, backend, settings, encoder)
     classify.add_routes(router, classifier, settings)
-    responses.add_routes(router, backend, settings, encoder, texts, ids)
+    responses.add_routes(router, parts)
     embeddings.add_routes(router, backend, settings, encoder)
     tokenize.add_routes(router, backend, settings, encoder, texts)
     models.add_routes(router, backend, classifier)
     health.add_routes(router, backend, metrics)
     admin.add_routes(router, registrar, settings)
-    compat.add_routes(router, Parts(backend, settings, encoder, texts, ids), registrar)
+    compat.add_routes(router, parts, registrar)
     feedback.add_routes(router, tuner)
     return app
 

@@ -14,6 +14,12 @@ def at_most(value: float, limit: float, param: str, name: str) -> None:
         raise LimitExceededError(f"{param} is {value}; the limit is {limit} ({name}).", param=param)
 
 
+def at_most_items(count: int, limit: int, param: str, name: str) -> None:
+    """The same for how many items a field has."""
+    if count > limit:
+        raise LimitExceededError(f"{param} has {count} items; the limit is {limit} ({name}).", param=param)
+
+
 def check_bounds(body: SamplingBody, prompts: int, backend: Backend, settings: Settings) -> None:
     """Raise for the first field that is beyond a limit or contradicts another.
 

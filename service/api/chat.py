@@ -6,24 +6,21 @@ from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.backend import Backend
-from service.api.bounds import kept_tokens
+from service.api.bounds import at_most_items, kept_tokens
 from service.api.call_reader import CallReader
 from service.api.calling import CallStyle, call_style
 from service.api.chat_shape import ChatShape
-from service.api.compat.adapters import AdapterIds, with_lora
+from service.api.compat.adapters import with_lora
 from service.api.generate import answer
+from service.api.parts import Parts
 from service.api.plan import Budget, Plan, check, make_plan
-from service.api.prompts import PromptEncoder
 from service.api.refusals import ANSWERED, GENERATING
 from service.api.shapes import Telling
 from service.api.template import Rendering
-from service.api.tokens import TokenTexts
 from service.api.wire.chat import ChatBody, TemplatedChat
 from service.api.wire.documented import ChatAnswer
 from service.core import Constraint
-from service.errors import InvalidRequestError, LimitExceededError
-from service.settings import Settings
+from service.errors import InvalidRequestError
 
 
 def _budget(body: ChatBody, default: int) -> Budget:
@@ -87,27 +84,17 @@ class PreparedChat:
     reader: Callable[[], CallReader] | None
 
 
-async def prepare(
-    body: ChatBody,
-    backend: Backend,
-    settings: Settings,
-    encoder: PromptEncoder,
-    texts: TokenTexts,
-    ids: AdapterIds,
-) -> PreparedChat:
+async def prepare(body: ChatBody, parts: Parts) -> PreparedChat:
     """Check a body, render its chat and plan its choices.
 
     Raises:
         TwinserveError: refused, under the field at fault.
     """
-    body = with_lora(body, ids, backend, settings)
+    backend, settings, encoder = parts.backend, parts.settings, parts.encoder
+    body = with_lora(body, parts.ids, backend, settings)
     budget = _budget(body, settings.default_chat_tokens)
     routing = check(body, 1, budget, backend, settings)
-    if len(body.messages) > settings.max_messages:
-        raise LimitExceededError(
-            f"messages has {len(body.messages)} items; the limit is {settings.max_messages} (max_messages).",
-            param="messages",
-        )
+    at_most_items(len(body.messages), settings.max_messages, "messages", "max_messages")
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequestError("'top_logprobs' is for logprobs = true only.", param="top_logprobs")
     keep = kept_tokens(body, budget.asked, backend, settings)
@@ -118,7 +105,7 @@ async def prepare(
     prompt = await encoder.chat(body.messages, how=how, keep=keep)
     telling = Telling.of(body)
     style = call_style(encoder.template.text(tools=True)) if body.calls else None
-    marked = style is not None and texts.names_special(style.opens)
+    marked = style is not None and parts.texts.names_special(style.opens)
     if marked:
         # The marks around calls must come through, to be found.
         body = body.model_copy(update={"skip_special_tokens": False})
@@ -128,19 +115,12 @@ async def prepare(
     return PreparedChat(body, plan, telling, _reader(body, style))
 
 
-def add_routes(
-    router: APIRouter,
-    backend: Backend,
-    settings: Settings,
-    encoder: PromptEncoder,
-    texts: TokenTexts,
-    ids: AdapterIds,
-) -> None:
+def add_routes(router: APIRouter, parts: Parts) -> None:
     """Put `POST /v1/chat/completions` on `router`."""
 
     @router.post("/v1/chat/completions", response_model=ChatAnswer, responses=ANSWERED | GENERATING)
     async def chat(request: Request, body: ChatBody) -> Response:
         """Write the assistant's next turn."""
-        chat = await prepare(body, backend, settings, encoder, texts, ids)
-        shape = ChatShape(texts, chat.plan.prompts[0], chat.telling, chat.reader)
-        return await answer(request, chat.body, chat.plan, shape, backend, settings)
+        chat = await prepare(body, parts)
+        shape = ChatShape(parts.texts, chat.plan.prompts[0], chat.telling, chat.reader)
+        return await answer(request, chat.body, chat.plan, shape, parts.backend, parts.settings)

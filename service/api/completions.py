@@ -2,35 +2,26 @@
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.backend import Backend
 from service.api.bounds import kept_tokens
-from service.api.compat.adapters import AdapterIds, with_lora
+from service.api.compat.adapters import with_lora
 from service.api.completion_shape import CompletionShape, Echo
 from service.api.generate import answer
+from service.api.parts import Parts
 from service.api.plan import DEFAULT_COMPLETION_TOKENS, Budget, check, make_plan
-from service.api.prompts import PromptEncoder
 from service.api.refusals import ANSWERED, GENERATING
 from service.api.shapes import Telling
-from service.api.tokens import TokenTexts
 from service.api.wire.completions import CompletionBody
 from service.api.wire.documented import CompletionAnswer
-from service.settings import Settings
 
 
-def add_routes(
-    router: APIRouter,
-    backend: Backend,
-    settings: Settings,
-    encoder: PromptEncoder,
-    texts: TokenTexts,
-    ids: AdapterIds,
-) -> None:
+def add_routes(router: APIRouter, parts: Parts) -> None:
     """Put `POST /v1/completions` on `router`."""
+    backend, settings, encoder, texts = parts.backend, parts.settings, parts.encoder, parts.texts
 
     @router.post("/v1/completions", response_model=CompletionAnswer, responses=ANSWERED | GENERATING)
     async def complete(request: Request, body: CompletionBody) -> Response:
         """Continue one or more prompts."""
-        body = with_lora(body, ids, backend, settings)
+        body = with_lora(body, parts.ids, backend, settings)
         budget = Budget(body.max_tokens, "max_tokens", DEFAULT_COMPLETION_TOKENS)
         routing = check(body, len(body.prompt), budget, backend, settings)
         keep = kept_tokens(body, budget.asked, backend, settings)

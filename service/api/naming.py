@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 from service.api.backend import Backend
-from service.api.wire.sampling import RoutingOptions
+from service.api.wire.request import RoutingOptions
 from service.core import RoutingChoice
 from service.errors import InvalidRequestError, LimitExceededError, ModelNotFoundError, UnknownExpertError
 

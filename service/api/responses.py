@@ -15,18 +15,16 @@ from pydantic import ValidationError
 
 from service.api.backend import Backend
 from service.api.chat import PreparedChat, prepare
-from service.api.compat.adapters import AdapterIds
 from service.api.errors import from_validation, internal_error
 from service.api.generate import answered_id, noted
 from service.api.generation import Batch, Piece, begun, while_connected
 from service.api.headers import routing_headers
 from service.api.naming import named_by
-from service.api.prompts import PromptEncoder
+from service.api.parts import Parts
 from service.api.refusals import ANSWERED, GENERATING, Responses
 from service.api.response_output import Event, OutputWriter
 from service.api.scores import ScoreTeller
 from service.api.sse import EventStream
-from service.api.tokens import TokenTexts
 from service.api.wire.answers import RoutingAnswer
 from service.api.wire.chat import ChatBody
 from service.api.wire.response_answers import (
@@ -38,7 +36,6 @@ from service.api.wire.response_answers import (
 from service.api.wire.responses import ResponsesBody
 from service.core import Finished, TextDelta
 from service.errors import InvalidRequestError, QueueFullError, RequestFailedError, TwinserveError
-from service.settings import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -206,28 +203,22 @@ async def _read(batch: Batch, writer: OutputWriter) -> Finished:
     return end
 
 
-def add_routes(
-    router: APIRouter,
-    backend: Backend,
-    settings: Settings,
-    encoder: PromptEncoder,
-    texts: TokenTexts,
-    ids: AdapterIds,
-) -> None:
+def add_routes(router: APIRouter, parts: Parts) -> None:
     """Put `POST /v1/responses` on `router`."""
+    keepalive = parts.settings.keepalive_seconds
 
     @router.post("/v1/responses", response_model=ResponseAnswer, responses=_ANSWERS)
     async def respond(request: Request, body: ResponsesBody) -> Response:
         """Go on with a conversation: as one object, or as OpenAI's typed events."""
         with _renamed():
-            chat = await prepare(_chat(body), backend, settings, encoder, texts, ids)
-        teller = ScoreTeller(texts, chat.telling)
+            chat = await prepare(_chat(body), parts)
+        teller = ScoreTeller(parts.texts, chat.telling)
         writer = OutputWriter(
             None if chat.reader is None else chat.reader(),
             (lambda scores: teller.chat(scores).content) if chat.telling.scored else None,
         )
         under_way = _Answering(f"resp_{answered_id(request, body.request_id)}", body, writer)
-        batch = await _admitted(request, under_way, chat, backend)
+        batch = await _admitted(request, under_way, chat, parts.backend)
         try:
             if not body.stream:
                 end = await while_connected(request, _read(batch, writer))
@@ -237,12 +228,10 @@ def add_routes(
                     headers=routing_headers([end.routing]),
                 )
             seen: list[Piece] = []
-            pieces = await begun(request, noted(batch.pieces(), seen), settings.keepalive_seconds)
+            pieces = await begun(request, noted(batch.pieces(), seen), keepalive)
         except BaseException:
             batch.close()
             raise
-        stream = EventStream(
-            under_way.events(pieces), batch.close, settings.keepalive_seconds, done=b"", framed=True
-        )
+        stream = EventStream(under_way.events(pieces), batch.close, keepalive, done=b"", framed=True)
         stream.headers.update(routing_headers([piece.routing for _, piece in seen]))
         return stream

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from service.api.backend import Backend
+from service.api.bounds import at_most_items
 from service.api.generation import while_connected
 from service.api.headers import routing_headers
 from service.api.naming import choose_routing, named_by
@@ -10,7 +11,6 @@ from service.api.prompts import PromptEncoder
 from service.api.refusals import ROUTING
 from service.api.wire.answers import RouteAnswer, RouteChoice, RoutingAnswer
 from service.api.wire.routing import RouteBody
-from service.errors import LimitExceededError
 from service.settings import Settings
 
 
@@ -23,7 +23,7 @@ def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder:
         chats = body.messages or []
         names = ["messages"] if len(chats) == 1 else [f"messages[{index}]" for index in range(len(chats))]
         for name, chat in zip(names, chats, strict=True):
-            _at_most(len(chat), settings.max_messages, name, "max_messages")
+            at_most_items(len(chat), settings.max_messages, name, "max_messages")
         return [await encoder.chat(chat, name) for name, chat in zip(names, chats, strict=True)]
 
     @router.post("/v1/route", response_model=RouteAnswer, responses=ROUTING)
@@ -32,7 +32,7 @@ def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder:
         model = body.model or backend.bundle_name
         choice = choose_routing(model, None, body.routing, backend, settings.max_gate)
         param = "messages" if body.prompt is None else "prompt"
-        _at_most(len(body.prompt or body.messages or ()), settings.max_prompts, param, "max_prompts")
+        at_most_items(len(body.prompt or body.messages or ()), settings.max_prompts, param, "max_prompts")
         prompts = await encode(body)
         with named_by(model, None):
             outcomes = await while_connected(request, backend.route(prompts, choice))
@@ -47,8 +47,3 @@ def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder:
         )
         headers = routing_headers(outcomes)
         return Response(answer.dump(), media_type="application/json", headers=headers)
-
-
-def _at_most(value: int, limit: int, param: str, name: str) -> None:
-    if value > limit:
-        raise LimitExceededError(f"{param} has {value} items; the limit is {limit} ({name}).", param=param)

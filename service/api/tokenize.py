@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Response
 
 from service.api.backend import Backend
+from service.api.bounds import at_most_items
 from service.api.chat import rendering
 from service.api.naming import choose_routing
 from service.api.prompts import PromptEncoder
@@ -15,7 +16,7 @@ from service.api.wire.tokenize import (
     TokenizeBody,
     TokenPiece,
 )
-from service.errors import LimitExceededError, ModelNotFoundError
+from service.errors import ModelNotFoundError
 from service.settings import Settings
 
 _REFUSALS = refusals(ModelNotFoundError)
@@ -35,12 +36,7 @@ def add_routes(
         """Encode a text or a chat of any length, as a generating endpoint would."""
         check(body.model)
         if body.messages is not None:
-            if len(body.messages) > settings.max_messages:
-                raise LimitExceededError(
-                    f"messages has {len(body.messages)} items; the limit is {settings.max_messages} "
-                    "(max_messages).",
-                    param="messages",
-                )
+            at_most_items(len(body.messages), settings.max_messages, "messages", "max_messages")
             how = rendering(body, special=body.special)
             ids = await encoder.chat_tokens(body.messages, how=how)
         else:

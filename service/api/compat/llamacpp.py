@@ -30,7 +30,7 @@ from fastapi.routing import APIRoute
 from service.api.compat.adapters import DefaultMix
 from service.api.compat.errors import documented, in_words, llamacpp_shape, refused, shaped
 from service.api.compat.llamacpp_answers import Answering, settings_of
-from service.api.compat.running import CompatBody, Parts, Telling, respond
+from service.api.compat.running import CompatBody, Telling, respond
 from service.api.compat.wire.llamacpp import (
     RANDOM_SEEDS,
     Adapter,
@@ -40,6 +40,7 @@ from service.api.compat.wire.llamacpp import (
     Part,
 )
 from service.api.health import server_version
+from service.api.parts import Parts
 from service.api.plan import Budget, check, make_plan
 from service.api.refusals import merged, refusals, with_body
 from service.api.wire.lora import Lora

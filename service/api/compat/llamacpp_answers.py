@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from service.api.compat.running import CompatBody, Parts, Pieces
+from service.api.compat.running import CompatBody, Pieces
 from service.api.compat.wire.llamacpp import (
     SAMPLERS,
     LlamaAnswer,
@@ -15,6 +15,7 @@ from service.api.compat.wire.llamacpp import (
     Timings,
     TokenProbability,
 )
+from service.api.parts import Parts
 from service.api.plan import Plan
 from service.api.scores import IMPOSSIBLE
 from service.api.tokens import TokenTexts

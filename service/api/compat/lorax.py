@@ -23,7 +23,7 @@ from fastapi.routing import APIRoute
 from service.api.bounds import kept_tokens
 from service.api.compat.errors import documented, in_words, lorax_shape, shaped
 from service.api.compat.lorax_answers import Answering
-from service.api.compat.running import CompatBody, Parts, Telling, respond
+from service.api.compat.running import CompatBody, Telling, respond
 from service.api.compat.wire.lorax import (
     EitherBody,
     GenerateAnswer,
@@ -35,6 +35,7 @@ from service.api.compat.wire.lorax import (
 )
 from service.api.health import server_version
 from service.api.naming import SHARED, check_weight
+from service.api.parts import Parts
 from service.api.plan import Budget, check, make_plan
 from service.core import Constraint
 from service.errors import TwinserveError, UnknownExpertError

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.api.compat import llamacpp, lorax, vllm
-from service.api.compat.running import Parts
+from service.api.parts import Parts
 from service.registrar import Registrar
 
 

@@ -7,33 +7,18 @@ from typing import Any, ClassVar
 
 from fastapi import Request, Response
 
-from service.api.backend import Backend
-from service.api.compat.adapters import AdapterIds
 from service.api.generation import Batch, Piece, begun, while_connected
 from service.api.headers import routing_headers
 from service.api.naming import named_by
+from service.api.parts import Parts
 from service.api.plan import Plan
-from service.api.prompts import PromptEncoder
 from service.api.sse import EventStream
-from service.api.tokens import TokenTexts
 from service.api.wire.sampling import SamplingBody
 from service.core import RoutingOutcome
 from service.errors import TwinserveError
 from service.record import current
-from service.settings import Settings
 
 Pieces = AsyncIterator[Piece]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What routes that generate are made of."""
-
-    backend: Backend
-    settings: Settings
-    encoder: PromptEncoder
-    texts: TokenTexts
-    ids: AdapterIds
 
 
 class CompatBody(SamplingBody):

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from service.api.wire.answers import Answer, RoutingAnswer
 from service.api.wire.base import Neutral, WireModel
-from service.api.wire.sampling import Gates, ModelName
+from service.api.wire.request import Gates, ModelName
 
 
 def _texts(value: Any) -> Any:

@@ -16,6 +16,16 @@ _ROUTED: dict[str, Any] = {
     "abstained": False,
     "explored": False,
 }
+UNROUTED: dict[str, Any] = {
+    "gates": {},
+    "pattern": "shared",
+    "mode": "shared",
+    "generations": {},
+    "router_generation": None,
+    "confidence": None,
+    "abstained": False,
+    "explored": False,
+}
 _USED: dict[str, Any] = {
     "prompt_tokens": 12,
     "completion_tokens": 9,

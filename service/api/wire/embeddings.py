@@ -6,10 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from service.api.wire.answers import Answer, RoutingAnswer
-from service.api.wire.base import Neutral, WireModel
+from service.api.wire.base import Neutral
 from service.api.wire.completions import PromptItem, parse_prompt
-from service.api.wire.fields import RequestId, Truncation
-from service.api.wire.sampling import Gates, ModelName, RoutingOptions
+from service.api.wire.documented import UNROUTED
+from service.api.wire.fields import Truncation
+from service.api.wire.request import RequestFields
 from service.core import Pooling
 
 
@@ -38,7 +39,7 @@ Inputs = Annotated[
 ]
 
 
-class EmbeddingBody(WireModel):
+class EmbeddingBody(RequestFields):
     """One or more texts to place in the model's space of states.
 
     Vectors can be compared where they were made by the same weights: those of `shared`, of one expert or of the same
@@ -57,7 +58,6 @@ class EmbeddingBody(WireModel):
         "use_activation": (True,),
     }
 
-    model: ModelName
     input: Inputs
     encoding_format: Literal["float", "base64"] = Field(
         default="float", description="base64: of little-endian float32 values"
@@ -75,30 +75,6 @@ class EmbeddingBody(WireModel):
     truncate_prompt_tokens: Truncation | None = Field(
         default=None, description="vLLM's: keep that many tokens of an input's end; -1 keeps what fits"
     )
-    request_id: RequestId | None = Field(
-        default=None, description="vLLM's: part of the answer's id; an X-Request-Id header wins"
-    )
-    priority: int = Field(default=0, ge=-(2**31), le=2**31 - 1, description="vLLM's: lower goes first")
-    timeout: float | None = Field(
-        default=None,
-        gt=0,
-        description="extension: seconds from arrival, after which the request fails with 504",
-    )
-    user: str | None = Field(default=None, max_length=512, description="opaque; written to no log")
-    gates: Gates | None = Field(default=None, description="extension: expert → weight, instead of the router")
-    routing: RoutingOptions | None = Field(default=None, description="extension: options of the router")
-
-
-_UNROUTED: dict[str, Any] = {
-    "gates": {},
-    "pattern": "shared",
-    "mode": "shared",
-    "generations": {},
-    "router_generation": None,
-    "confidence": None,
-    "abstained": False,
-    "explored": False,
-}
 
 
 class EmbeddingItem(Answer):
@@ -122,8 +98,8 @@ class EmbeddingAnswer(Answer):
                     "created": 1767225600,
                     "model": "shared",
                     "data": [
-                        {"object": "embedding", "index": 0, "embedding": [0.6, -0.8], "routing": _UNROUTED},
-                        {"object": "embedding", "index": 1, "embedding": [0.8, -0.6], "routing": _UNROUTED},
+                        {"object": "embedding", "index": 0, "embedding": [0.6, -0.8], "routing": UNROUTED},
+                        {"object": "embedding", "index": 1, "embedding": [0.8, -0.6], "routing": UNROUTED},
                     ],
                     "usage": {"prompt_tokens": 4, "total_tokens": 4},
                     "routing": None,

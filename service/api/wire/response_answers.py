@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from service.api.wire.answers import Answer, RoutingAnswer, TokenLogprob
+from service.api.wire.documented import UNROUTED
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -107,16 +108,7 @@ _EXAMPLE: dict[str, Any] = {
     },
     "user": None,
     "metadata": {},
-    "routing": {
-        "gates": {},
-        "pattern": "shared",
-        "mode": "shared",
-        "generations": {},
-        "router_generation": None,
-        "confidence": None,
-        "abstained": False,
-        "explored": False,
-    },
+    "routing": UNROUTED,
 }
 
 

@@ -5,10 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
 from service.api.wire.base import Neutral, WireModel, at_fault
-from service.api.wire.fields import Metadata, RequestId, Stop, Temperature
+from service.api.wire.fields import Metadata, Stop, Temperature
 from service.api.wire.lora import Lora
+from service.api.wire.request import RequestFields
 from service.api.wire.response_input import Items, chat_of
-from service.api.wire.sampling import Gates, ModelName, RoutingOptions
 from service.api.wire.tools import FunctionName, NamedTool, Parameters
 
 MODES = ("none", "auto", "required")
@@ -131,7 +131,7 @@ class ResponseStreamOptions(WireModel):
     include_obfuscation: bool = False
 
 
-class ResponsesBody(WireModel):
+class ResponsesBody(RequestFields):
     """A request for the next part of a conversation, all of which it holds: nothing is stored."""
 
     model_config = ConfigDict(
@@ -155,7 +155,6 @@ class ResponsesBody(WireModel):
         "truncation": ("disabled",),
     }
 
-    model: ModelName
     input: Items
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
@@ -171,7 +170,6 @@ class ResponsesBody(WireModel):
     parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
     metadata: Metadata = Field(default={}, description="opaque; nothing is stored, so it changes nothing")
-    user: str | None = Field(default=None, max_length=512, description="opaque; written to no log")
     safety_identifier: str | None = Field(default=None, max_length=512, description="opaque")
     prompt_cache_key: str | None = Field(default=None, max_length=512, description="opaque")
     top_k: int = Field(default=0, ge=-1, description="vLLM's: 0 or -1 keeps all")
@@ -183,15 +181,6 @@ class ResponsesBody(WireModel):
     stop: Stop = Field(default=(), description="as of a chat")
     min_tokens: int = Field(default=0, ge=0, description="vLLM's")
     ignore_eos: bool = Field(default=False, description="vLLM's")
-    request_id: RequestId | None = Field(default=None, description="vLLM's: part of the answer's id")
-    priority: int = Field(default=0, ge=-(2**31), le=2**31 - 1, description="vLLM's: lower goes first")
-    timeout: float | None = Field(
-        default=None,
-        gt=0,
-        description="extension: seconds from arrival, after which the request fails with 504",
-    )
-    gates: Gates | None = Field(default=None, description="extension: expert → weight, instead of the router")
-    routing: RoutingOptions | None = Field(default=None, description="extension: options of the router")
     lora: Lora = Field(default=[], description="llama.cpp's: scales by the ids of GET /lora-adapters")
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from service.api.wire.base import WireModel
 from service.api.wire.chat import Messages
 from service.api.wire.completions import Prompt
-from service.api.wire.sampling import ModelName, RoutingOptions
+from service.api.wire.request import ModelName, RoutingOptions
 
 
 def _chats(value: Any) -> Any:

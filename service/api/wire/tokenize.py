@@ -8,7 +8,7 @@ from service.api.wire.answers import Answer
 from service.api.wire.base import Neutral, WireModel, at_fault
 from service.api.wire.chat import Messages, TemplatedChat
 from service.api.wire.fields import TokenIds
-from service.api.wire.sampling import ModelName
+from service.api.wire.request import ModelName
 
 
 class TokenizeBody(TemplatedChat):

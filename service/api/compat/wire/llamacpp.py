@@ -10,7 +10,7 @@ from service.api.wire.answers import Answer, RoutingAnswer
 from service.api.wire.base import UNSUPPORTED_FIELD, Neutral, WireModel, at_fault
 from service.api.wire.fields import Stop, Temperature
 from service.api.wire.lora import Lora
-from service.api.wire.sampling import Gates, ModelName, RoutingOptions
+from service.api.wire.request import Gates, ModelName, RoutingOptions
 
 SAMPLERS = ["penalties", "temperature", "min_p", "top_k", "top_p"]
 """The order in which this server applies what the fields of a body ask for."""

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from service.api.wire.answers import Answer, RoutingAnswer
 from service.api.wire.base import UNSUPPORTED_FIELD, Neutral, WireModel, at_fault
 from service.api.wire.fields import Temperature
-from service.api.wire.sampling import RoutingOptions
+from service.api.wire.request import RoutingOptions
 
 AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 

@@ -1,0 +1,20 @@
+"""What routes that generate are made of, put together once by the app."""
+
+from dataclasses import dataclass
+
+from service.api.backend import Backend
+from service.api.compat.adapters import AdapterIds
+from service.api.prompts import PromptEncoder
+from service.api.tokens import TokenTexts
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Backend and limits, text to ids and back, and the numbers that experts have for llama.cpp's clients."""
+
+    backend: Backend
+    settings: Settings
+    encoder: PromptEncoder
+    texts: TokenTexts
+    ids: AdapterIds
