@@ -7,11 +7,24 @@
     ├── CompressionError       a tensor cannot be factored: NaN, Inf, impossible rank or budget
     ├── RoutingError           a router cannot be trained, loaded or asked
     ├── EvaluationError        an evaluation cannot be run or read: overlapping data, a missing expert, a broken store
-    └── BundleError            a bundle breaks its contract
-        ├── CorruptBundleError   a digest, shape or dtype differs from the manifest
-        ├── UnknownExpertError   the bundle has no expert of that name
-        ├── DuplicateExpertError the bundle already has an expert of that name
-        └── GenerationConflictError another generation than the expected one is current
+    ├── BundleError            a bundle breaks its contract
+    │   ├── CorruptBundleError   a digest, shape or dtype differs from the manifest
+    │   ├── UnknownExpertError   there is no expert of that name
+    │   ├── DuplicateExpertError there is an expert of that name already
+    │   └── GenerationConflictError another generation than the expected one is current
+    └── RegistryError          the registry cannot do what was asked
+        ├── CatalogueError         its database cannot be reached, read or written, or is of another version
+        ├── RecordNotFoundError    no generation, job, alias or upload of that id
+        ├── TransitionError        the record's state does not allow it: a failed generation cannot go live
+        ├── IdempotencyError       the idempotency key was used for another request
+        ├── JobLostError           the job went to another worker, or was cancelled; its result counts for nothing
+        ├── StaleRouterError       the router was fitted on one that is not the current one any more
+        ├── BlobError              the blob store cannot be reached or refuses
+        │   ├── MissingBlobError     nothing of that digest is stored
+        │   ├── CorruptBlobError     what is stored differs from its digest
+        │   └── StorageFullError     no room for it
+        ├── SourceError            where an expert should come from is refused: URL, address, file, size
+        └── SignatureError         a signature is missing, wrong, or by nobody who is trusted
 
 Every message names the file, tensor or field, what is wrong with it and how to mend it.
 """
@@ -63,3 +76,55 @@ class DuplicateExpertError(BundleError):
 
 class GenerationConflictError(BundleError):
     """The expert's current generation is not the one that the caller meant to replace."""
+
+
+class RegistryError(ExpertsError):
+    """The registry cannot do what was asked."""
+
+
+class CatalogueError(RegistryError):
+    """The catalogue's database cannot be reached, read or written, or its schema is of another version."""
+
+
+class RecordNotFoundError(RegistryError):
+    """No generation, job, alias or upload of that id."""
+
+
+class TransitionError(RegistryError):
+    """The record's state does not allow the change."""
+
+
+class IdempotencyError(RegistryError):
+    """The idempotency key was used for another request before."""
+
+
+class JobLostError(RegistryError):
+    """The job belongs to another worker by now, or has ended; nothing of this attempt counts."""
+
+
+class StaleRouterError(RegistryError):
+    """The router was made from one that is not current any more; make it again."""
+
+
+class BlobError(RegistryError):
+    """The blob store cannot be reached, or refuses."""
+
+
+class MissingBlobError(BlobError):
+    """Nothing of that digest is stored."""
+
+
+class CorruptBlobError(BlobError):
+    """What is stored differs from its digest."""
+
+
+class StorageFullError(BlobError):
+    """There is no room for it."""
+
+
+class SourceError(RegistryError):
+    """Where an expert should come from is refused: its URL, address, files or size."""
+
+
+class SignatureError(RegistryError):
+    """A signature is missing, does not verify, or is by nobody who is trusted."""

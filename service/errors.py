@@ -11,17 +11,24 @@
     ├── AdminDisabledError         403  admin_disabled          (no admin key is configured)
     ├── FeedbackDisabledError      403  feedback_disabled       (TWINSERVE_FEEDBACK is not set)
     ├── PathNotAllowedError        403  path_not_allowed
+    ├── SourceNotAllowedError      403  source_not_allowed      (a URL or address that registrations may not read)
     ├── ModelNotFoundError         404  model_not_found
     ├── ClassifierDisabledError    404  classifier_disabled     (no classifier bundle is served)
     ├── ExpertNotFoundError        404  expert_not_found
     ├── RequestNotFoundError       404  request_not_found       (no routed answer of that id is remembered)
+    ├── RecordNotFoundError        404  record_not_found        (generation, job, alias, upload, bundle)
     ├── ConflictError              409  conflict
     ├── SlowRequestError           408  request_timeout         (its header or body took too long to arrive)
     ├── SlowClientError            408  client_too_slow         (its answer piled up unread)
     ├── AlreadyRatedError          409  already_rated           (an answer is rated once)
+    ├── WrongStateError            409  wrong_state             (of a job, upload or generation)
+    ├── OffsetConflictError        409  offset_conflict         (an upload goes on somewhere else)
+    ├── PreconditionFailedError    412  precondition_failed     (If-Match names another generation)
     ├── UrlTooLongError            414  url_too_long
     ├── ExpertRejectedError        422  expert_rejected         (a checkpoint that cannot become an expert)
     │   └── FolderNotFoundError    422  folder_not_found        (nothing lies at a registration's path)
+    ├── SignatureRejectedError     422  signature_rejected      (missing, wrong, or by nobody who is trusted)
+    ├── IdempotencyKeyError        422  idempotency_key_reused  (for another request)
     ├── QueueFullError             429  queue_full              (Retry-After)
     ├── RateLimitedError           429  rate_limit_exceeded     (of the caller's key or address; Retry-After)
     ├── HeaderTooLargeError        431  header_too_large
@@ -29,7 +36,10 @@
     ├── EngineDeadError            503  engine_dead
     ├── ShuttingDownError          503  shutting_down           (Retry-After)
     ├── ExpertUnavailableError     503  expert_unavailable      (its factors cannot be loaded; Retry-After)
+    ├── ExpertNotLoadedError       503  expert_not_loaded       (registered, but not on this replica yet; Retry-After)
+    ├── RegistryUnavailableError   503  registry_unavailable    (catalogue or blob store cannot be used; Retry-After)
     ├── RegistrationTimeoutError   504  registration_timeout
+    ├── StorageFullError           507  storage_full
     └── DeadlineExceededError      504  deadline_exceeded       (the request's own `timeout`)
 
 Every message names the field, the limit and the mend. `param` is the field as the client wrote it.
@@ -131,6 +141,14 @@ class PathNotAllowedError(TwinserveError):
     type = "permission_error"
 
 
+class SourceNotAllowedError(TwinserveError):
+    """A URL, or the address behind it, that registrations may not read."""
+
+    status = 403
+    code = "source_not_allowed"
+    type = "permission_error"
+
+
 class ModelNotFoundError(TwinserveError):
     """No model of that name is served."""
 
@@ -163,6 +181,14 @@ class RequestNotFoundError(TwinserveError):
     type = "invalid_request_error"
 
 
+class RecordNotFoundError(TwinserveError):
+    """The registry has no generation, job, alias, upload or bundle of that id."""
+
+    status = 404
+    code = "record_not_found"
+    type = "invalid_request_error"
+
+
 class AlreadyRatedError(TwinserveError):
     """The answer was rated before; a rating counts once."""
 
@@ -179,6 +205,30 @@ class ConflictError(TwinserveError):
     type = "invalid_request_error"
 
 
+class WrongStateError(TwinserveError):
+    """A job, upload or generation is not in the state that the change needs."""
+
+    status = 409
+    code = "wrong_state"
+    type = "invalid_request_error"
+
+
+class OffsetConflictError(TwinserveError):
+    """A part of an upload that does not go on where the upload ends."""
+
+    status = 409
+    code = "offset_conflict"
+    type = "invalid_request_error"
+
+
+class PreconditionFailedError(TwinserveError):
+    """`If-Match` names another generation than the current one."""
+
+    status = 412
+    code = "precondition_failed"
+    type = "invalid_request_error"
+
+
 class ExpertRejectedError(TwinserveError):
     """A checkpoint that cannot become an expert of this bundle."""
 
@@ -191,6 +241,22 @@ class FolderNotFoundError(ExpertRejectedError):
     """There is no folder at the path of a registration."""
 
     code = "folder_not_found"
+
+
+class SignatureRejectedError(TwinserveError):
+    """A signature is missing, does not verify, or is by nobody who is trusted."""
+
+    status = 422
+    code = "signature_rejected"
+    type = "invalid_request_error"
+
+
+class IdempotencyKeyError(TwinserveError):
+    """The idempotency key was sent with another request before."""
+
+    status = 422
+    code = "idempotency_key_reused"
+    type = "invalid_request_error"
 
 
 class QueueFullError(TwinserveError):
@@ -269,11 +335,32 @@ class RegistrationTimeoutError(TwinserveError):
     code = "registration_timeout"
 
 
+class StorageFullError(TwinserveError):
+    """The disk or the object store has no room."""
+
+    status = 507
+    code = "storage_full"
+
+
 class ExpertUnavailableError(TwinserveError):
     """A registered expert's factors cannot be loaded now; never answered with another expert instead."""
 
     status = 503
     code = "expert_unavailable"
+
+
+class ExpertNotLoadedError(TwinserveError):
+    """A registered expert has not reached this replica yet; never answered with another expert instead."""
+
+    status = 503
+    code = "expert_not_loaded"
+
+
+class RegistryUnavailableError(TwinserveError):
+    """The catalogue or the blob store cannot be used now; what is loaded still serves."""
+
+    status = 503
+    code = "registry_unavailable"
 
 
 class DeadlineExceededError(TwinserveError):

@@ -104,12 +104,94 @@ class Settings(BaseSettings):
         default=5.0, gt=0, allow_inf_nan=False, description="what a request waits for it to be compiled"
     )
     grammar_cache: int = Field(default=32, ge=1, description="compiled ones that are remembered")
+    state_dir: Path | None = Field(
+        default=None,
+        description="where the registry keeps what is not in the bundle; None is `registry` in the bundle's folder",
+    )
+    catalogue: SecretStr | None = Field(
+        default=None,
+        description="the registry's database as a URL, `postgresql://…` or `sqlite:///…`; None is SQLite there",
+    )
+    blobs: str | None = Field(
+        default=None,
+        description="the registry's files, a folder or `s3://bucket/prefix`; None is a folder there",
+    )
+    blob_options: SecretStr | None = Field(
+        default=None,
+        description="options of the object store as a JSON object, as fsspec takes them; beside AWS_* variables",
+    )
     max_profile_prompts: int = Field(default=1000, ge=1, description="prompts of one expert registration")
     max_registrations: int = Field(
-        default=8, ge=1, description="registrations and retirements that run or wait; one runs at a time"
+        default=64, ge=1, description="registrations that run or wait; one runs at a time"
     )
     registration_seconds: float = Field(
-        default=600.0, gt=0, allow_inf_nan=False, description="what one registration may take"
+        default=600.0, gt=0, allow_inf_nan=False, description="what one registration may take once it runs"
+    )
+    registration_attempts: int = Field(
+        default=3, ge=1, le=10, description="how often it is begun anew after its process or server died"
+    )
+    registration_threads: int = Field(
+        default=1, ge=1, description="CPU threads of its process, which gives way to the engine"
+    )
+    registration_bytes: int | None = Field(
+        default=None, ge=2**28, description="memory of its process; None is no limit"
+    )
+    warm_worker: bool = Field(
+        default=True, description="a process waits for the next registration, so that it begins at once"
+    )
+    keep_generations: int = Field(
+        default=8,
+        ge=1,
+        description="newest generations of an expert that garbage collection leaves to roll back to",
+    )
+    keep_sources: Literal["none", "lora", "all"] = Field(
+        default="lora", description="fine-tunes that are kept as they came, for exports and rebuilt bundles"
+    )
+    max_source_bytes: int = Field(
+        default=64 * 2**30, ge=1024, description="the files of one fine-tune together, uploaded or fetched"
+    )
+    max_uploads: int = Field(
+        default=16, ge=1, description="uploads that are begun and not registered or removed"
+    )
+    upload_seconds: float = Field(
+        default=86400.0, gt=0, allow_inf_nan=False, description="an upload that rests longer is removed"
+    )
+    source_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="URL prefixes that experts register from, `https://…/` or `s3://…/`, by commas; none is off",
+    )
+    source_private: bool = Field(
+        default=False,
+        description="such URLs may lead to private addresses, as of a store in the same network",
+    )
+    signature_keys: Path | None = Field(
+        default=None,
+        description="a file of trusted Ed25519 public keys; with one, unsigned experts are refused",
+    )
+    max_relative_error: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="what compression may lose of an expert, of its norm; None only reports it",
+    )
+    max_norm_ratio: float = Field(
+        default=100.0,
+        gt=1,
+        allow_inf_nan=False,
+        description="an expert's norm over its siblings' median, either way; beyond it is refused",
+    )
+    expert_wait_seconds: float = Field(
+        default=5.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="what a request waits for an expert that is registered and not loaded here yet",
+    )
+    registry_poll_seconds: float = Field(
+        default=0.2,
+        gt=0,
+        le=60,
+        allow_inf_nan=False,
+        description="how often the catalogue's revision is looked at",
     )
 
     max_queue: int = Field(default=256, ge=1, description="sequences that wait beyond those that run")
@@ -223,7 +305,7 @@ class Settings(BaseSettings):
         description="OTLP/HTTP collector of traces, as http://localhost:4318; OTEL_* variables work as well",
     )
 
-    @field_validator("api_keys", "admin_key", "pinned_experts", "cors_origins", mode="before")
+    @field_validator("api_keys", "admin_key", "pinned_experts", "cors_origins", "source_urls", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """`a,b` → (a, b); blanks go."""
