@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from experts.bundle import Bundle, ExpertWeights
-from experts.routing import Router, among
+from experts.routing import Router
 from service.core import ExpertKey, Failed, Finished, GenerationRequest, StepStats, TextDelta
 from service.engine.assembly import EngineOptions, assemble
+from service.engine.change import LiveChange, prepare
 from service.engine.loader import BundleSource, ExpertSource, loader_thread
 from service.engine.roster import StepResult
 from service.gating.slots import SlotPool
@@ -92,10 +93,9 @@ class EngineAlone:
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
         )
+        self._router = router
         self.experts: list[str] = []
-        for expert in experts:
-            self.publish(expert)
-        self.engine.dispatcher.router = among(router, self.engine.dispatcher.catalogue.current())
+        self.publish(*experts)
 
     @classmethod
     def of_bundle(cls, bundle: Bundle, options: EngineOptions | None = None) -> "EngineAlone":
@@ -113,14 +113,16 @@ class EngineAlone:
         """Token ids are below it."""
         return self.engine.model.vocabulary
 
-    def publish(self, expert: ExpertWeights) -> None:
-        """Register an expert and give it a slot."""
-        self.engine.publish(self.engine.model.bank.prepare(expert))
-        self.experts.append(expert.name)
+    def publish(self, *experts: ExpertWeights) -> None:
+        """Register experts and give them slots."""
+        held = self.engine.dispatcher.catalogue.held()
+        change = LiveChange(experts, router=self._router)
+        self.engine.apply(prepare(change, self.engine.model.bank, held, lazy=False))
+        self.experts += [expert.name for expert in experts]
 
     def register(self, key: ExpertKey) -> None:
         """Register an expert that the source has, without a slot."""
-        self.engine.dispatcher.catalogue.publish(key)
+        self.engine.dispatcher.catalogue.switch([key])
         self.experts.append(key.name)
 
     def run(self, requests: Sequence[GenerationRequest], at_once: int) -> AloneRun:

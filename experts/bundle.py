@@ -8,39 +8,32 @@ A bundle is a folder::
     experts/<name>/<generation>/expert.{safetensors,json}
     router/<generation>/router.{safetensors,json}
 
-Generations are immutable. Publishing writes a new folder and then replaces manifest.json in one rename, so
-a reader sees the old bundle or the new one, never a half. Writing a bundle anew is `bundle_writer`'s.
+A bundle is immutable: what comes, changes and goes while it is served is the registry's (`experts.registry`).
+Writing one is `bundle_writer`'s.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from experts.bundle_change import changing
 from experts.bundle_delta import BaseDelta
-from experts.bundle_expert import ExpertWeights, check_expert, read_expert, summarise, write_expert
-from experts.bundle_files import next_generation, open_shared, read_router, verify_files
+from experts.bundle_expert import ExpertWeights, check_expert, read_expert
+from experts.bundle_files import open_shared, read_router, verify_files
 from experts.bundle_loader import ExpertLoader
 from experts.bundle_manifest import (
     BASE_DELTA_NAME,
     FORMAT_VERSION,
     SHARED_NAME,
     ExpertEntry,
-    ExpertSource,
     Manifest,
-    RouterEntry,
-    check_expected,
     check_name,
     expert_folder,
     read_manifest,
     router_folder,
 )
 from experts.checkpoint import Checkpoint
-from experts.compression import CompressedExpert, CompressionSpec
 from experts.errors import (
-    BundleError,
     CorruptBundleError,
-    GenerationConflictError,
     UnknownExpertError,
 )
 from experts.routing import Router
@@ -102,6 +95,15 @@ class Bundle:
         """θ* − θ₀, lazily."""
         return BaseDelta.open(self.path / BASE_DELTA_NAME)
 
+    @property
+    def name(self) -> str:
+        """By which clients ask for routed answers."""
+        return self.manifest.name
+
+    def generations(self) -> dict[str, int]:
+        """Active experts and their current generations."""
+        return {name: self.manifest.experts[name].generation for name in self.expert_names()}
+
     def expert_names(self) -> tuple[str, ...]:
         """Names of the active experts, sorted."""
         return self.manifest.active()
@@ -145,107 +147,6 @@ class Bundle:
             return None
         return read_router(self.path / router_folder(generation))
 
-    def publish_expert(
-        self,
-        compressed: CompressedExpert,
-        name: str,
-        router: Router | None,
-        expected_generation: int | None,
-        source: ExpertSource,
-        compression: CompressionSpec | None = None,
-    ) -> "Bundle":
-        """Add an expert, or a new generation of one, and return the bundle opened anew.
-
-        Args:
-            compressed: its exclusive vector against *this* bundle's shared expert.
-            name: see `check_name`.
-            router: replaces the current router; None keeps it, and a new expert is then not routed to.
-            expected_generation: None for a name that is not in use; else the generation to replace.
-            source: where it came from.
-            compression: how it was compressed; the bundle's own spec if not given.
-
-        Raises:
-            DuplicateExpertError: the name is in use and no generation was expected.
-            UnknownExpertError: a generation was expected and the name is not in use.
-            GenerationConflictError: another generation than the expected one is current, or the router does
-                not know an expert that has become routed since it was fitted.
-            BundleError: the name is not allowed, the router names other experts, or the disk refuses.
-        """
-        check_name(name)
-        if name == self.manifest.name:
-            raise BundleError(f"expert name {name!r} is the bundle's own name; choose another")
-        with changing(self.path, self.manifest.build_id) as change:
-            manifest = change.manifest
-            current = manifest.experts.get(name)
-            check_expected(name, current, expected_generation)
-            generation = next_generation(self.path / "experts" / name, current.generation if current else 0)
-            folder = expert_folder(name, generation)
-            change.add(folder, lambda scratch: write_expert(scratch, compressed))
-            check_expert(self.path / folder, self.shared)
-            entry = ExpertEntry(
-                generation=generation,
-                state="active",
-                routed=False,
-                source=source,
-                compression=compression or manifest.compression,
-                summary=summarise(compressed, self.shared),
-            )
-            change.check_router_keeps(router)
-            chosen = change.add_router(router) if router else manifest.router
-            change.commit({**manifest.experts, name: entry}, chosen)
-        return Bundle.open(self.path, verify=False)
-
-    def retire_expert(self, name: str, router: Router | None = None) -> "Bundle":
-        """Take an expert out of service; its files stay. Returns the bundle opened anew.
-
-        Args:
-            name: an active expert.
-            router: replaces the current router; None keeps the current one, choosing among the others.
-
-        Raises:
-            UnknownExpertError: no active expert of that name.
-            BundleError: the router names an expert that is not active, or the disk refuses.
-        """
-        with changing(self.path, self.manifest.build_id) as change:
-            manifest = change.manifest
-            current = manifest.experts.get(name)
-            if current is None or current.state != "active":
-                raise UnknownExpertError(f"{self.path} has no expert {name!r} to retire")
-            entry = current.model_copy(update={"state": "retired", "routed": False})
-            if router is None and current.routed:
-                routed = Bundle(self.path, manifest).router()
-                router = routed.without(name) if routed else None
-                chosen = RouterEntry(generation=0, names=())
-            else:
-                chosen = manifest.router
-            if router is not None:
-                chosen = change.add_router(router)
-            change.commit({**manifest.experts, name: entry}, chosen)
-        return Bundle.open(self.path, verify=False)
-
-    def revert_expert(self, name: str) -> "Bundle":
-        """Make an expert, and the router, again what they were when this bundle was opened.
-
-        Takes back a publication that could not be served. Its generation stays spent and its files stay.
-        Does nothing where nothing was published. Returns the bundle opened anew.
-
-        Args:
-            name: the expert that was published since, or was not.
-
-        Raises:
-            GenerationConflictError: another expert has changed too, so that the router is another's as well.
-            BundleError: the disk refuses.
-        """
-        with changing(self.path, self.manifest.build_id) as change:
-            now, before = change.manifest, self.manifest
-            if _others(now, name) != _others(before, name):
-                raise GenerationConflictError(
-                    f"expert {name!r} cannot be taken back, since another expert has changed too; retire it"
-                )
-            if (now.experts, now.router) != (before.experts, before.router):
-                change.commit(before.experts, before.router)
-        return Bundle.open(self.path, verify=False)
-
     def _check_router(self) -> None:
         """Raise unless the router and the manifest name the same, active experts."""
         router = self.router()
@@ -257,8 +158,3 @@ class Bundle:
             raise CorruptBundleError(
                 f"{self.path}: the router chooses among {unknown}, which are not active experts"
             )
-
-
-def _others(manifest: Manifest, name: str) -> dict[str, ExpertEntry]:
-    """Every expert but one."""
-    return {other: entry for other, entry in manifest.experts.items() if other != name}

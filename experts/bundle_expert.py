@@ -19,7 +19,7 @@ from torch import Tensor
 from experts.bundle_manifest import EXPERT_FILES, ExpertSummary
 from experts.checkpoint import Checkpoint
 from experts.compression import CompressedExpert
-from experts.compression.stored import PARTS, complete, from_tensors, problem
+from experts.compression.stored import PARTS, StoredFactors, complete, from_tensors, problem
 from experts.errors import CorruptBundleError
 from experts.factors import SvdFactors
 
@@ -72,8 +72,19 @@ def read_expert(folder: Path, name: str, generation: int) -> ExpertWeights:
     Raises:
         CorruptBundleError: the file cannot be read.
     """
+    stored, exact = read_stored(folder)
+    factors = {parameter: form.decoded() for parameter, form in stored.items()}
+    return ExpertWeights(name, generation, MappingProxyType(factors), MappingProxyType(exact))
+
+
+def read_stored(folder: Path) -> tuple[dict[str, StoredFactors], dict[str, Tensor]]:
+    """Factors in their stored form, and exact vectors, by parameter; as `check_expert` accepted them.
+
+    Raises:
+        CorruptBundleError: the file cannot be read.
+    """
     path = folder / EXPERT_FILES[0]
-    factors: dict[str, SvdFactors] = {}
+    stored: dict[str, StoredFactors] = {}
     exact: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -82,15 +93,16 @@ def read_expert(folder: Path, name: str, generation: int) -> ExpertWeights:
                 tensors = {part: file.get_tensor(f"{parameter}.{part}") for part in parts}
                 if parts == {"delta"}:
                     exact[parameter] = tensors["delta"]
-                elif "U" in tensors and parameter not in shapes:
-                    factors[parameter] = SvdFactors(tensors["U"], tensors["S"], tensors["Vh"])
+                elif parameter in shapes:
+                    stored[parameter] = from_tensors(tensors, shapes[parameter])
                 else:
-                    factors[parameter] = from_tensors(tensors, shapes[parameter]).decoded()
+                    shape = (tensors["U"].shape[0], tensors["Vh"].shape[1])
+                    stored[parameter] = from_tensors(tensors, shape)
     except (OSError, SafetensorError) as error:
         raise CorruptBundleError(
             f"{path}: not readable ({error}); restore or publish the expert again"
         ) from error
-    return ExpertWeights(name, generation, MappingProxyType(factors), MappingProxyType(exact))
+    return stored, exact
 
 
 def check_expert(folder: Path, shared: Checkpoint) -> None:
@@ -132,6 +144,7 @@ def summarise(compressed: CompressedExpert, shared: Checkpoint) -> ExpertSummary
         fraction_of_full=report.nbytes / shared.nbytes,
         relative_error=report.relative_error,
         folded=sum(tensor.handling == "folded" for tensor in report.tensors),
+        norm=report.norm,
     )
 
 

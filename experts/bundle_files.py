@@ -1,4 +1,4 @@
-"""Files as a bundle needs them: digests, no links, atomic and durable writes, one writer at a time."""
+"""Files as a bundle needs them: digests, no links, durable writes, one writer at a time."""
 
 import contextlib
 import fcntl
@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from experts.bundle_manifest import SHARED_NAME, FileEntry
@@ -45,14 +45,19 @@ def read_router(folder: Path) -> Router:
         raise CorruptBundleError(str(error)) from error
 
 
+REGISTRY_NAME = "registry"
+"""Folder in a bundle's folder where a server keeps its registry; no part of the bundle."""
+
+
 def list_files(root: Path) -> tuple[str, ...]:
-    """Relative POSIX paths of every file below a folder, sorted, leaving out hidden scratch entries.
+    """Relative POSIX paths of every file below a folder, sorted, leaving out hidden entries and the registry.
 
     Raises:
         CorruptBundleError: a symbolic link, or anything else that is neither file nor folder.
     """
     found: list[str] = []
     pending = [root]
+    registry = os.path.join(root, REGISTRY_NAME)
     while pending:
         with os.scandir(pending.pop()) as entries:
             for entry in entries:
@@ -60,7 +65,7 @@ def list_files(root: Path) -> tuple[str, ...]:
                     raise CorruptBundleError(
                         f"{entry.path} is a symbolic link; a bundle holds plain files only"
                     )
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or entry.path == registry:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(Path(entry.path))
@@ -124,48 +129,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file atomically and durably: readers see the old content or the new, also after a crash."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with scratch.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        sync(path.parent)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def add_folder(root: Path, folder: str, fill: Callable[[Path], None]) -> dict[str, FileEntry]:
-    """Fill a new folder under a hidden name, flush it, rename it to `folder`; returns its files' digests.
-
-    The caller holds the bundle's lock, so that other hidden folders here are what killed processes left.
-    """
-    target = root / folder
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in [child for child in target.parent.iterdir() if child.name.startswith(".")]:
-        shutil.rmtree(stale, ignore_errors=True)
-    scratch = target.parent / f".{target.name}.{secrets.token_hex(4)}"
-    scratch.mkdir()
-    try:
-        fill(scratch)
-        sync_tree(scratch)
-        os.rename(scratch, target)
-        sync(target.parent)
-        sync(target.parent.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return {f"{folder}/{file.name}": digest(file) for file in sorted(target.iterdir())}
-
-
-def next_generation(folder: Path, current: int) -> int:
-    """A generation number that no subfolder bears, not even one left behind by a crash."""
-    children = folder.iterdir() if folder.is_dir() else ()
-    return max([current, *(int(child.name) for child in children if child.name.isdecimal())]) + 1
 
 
 @contextlib.contextmanager

@@ -11,9 +11,6 @@ from experts.compression import CompressionSpec
 from experts.errors import (
     BundleError,
     CorruptBundleError,
-    DuplicateExpertError,
-    GenerationConflictError,
-    UnknownExpertError,
 )
 from experts.merging.methods import MergeMethod
 
@@ -114,9 +111,13 @@ class MergeInfo(_Model):
 
 
 class ExpertSource(_Model):
-    """Where an expert came from: the kind of checkpoint and a sha256 over its files."""
+    """Where an expert came from: the kind of checkpoint and a sha256 over its files.
 
-    kind: Literal["lora", "full"]
+    Attributes:
+        kind: lora: PEFT's; gguf: a LoRA in llama.cpp's form; full: a whole model; expert: exported as it was served.
+    """
+
+    kind: Literal["lora", "full", "gguf", "expert"]
     sha256: Digest
 
 
@@ -128,6 +129,7 @@ class ExpertSummary(_Model):
         fraction_of_full: nbytes / bytes of the full model.
         relative_error: ‖v − v̂‖ / ‖v‖ over the whole exclusive vector (Frobenius); what is folded is lost.
         folded: tensors whose exclusive part was left out, by policy.
+        norm: ‖v‖, Frobenius, of the whole exclusive vector; None where an older version did not write it.
     """
 
     tensors: int
@@ -138,6 +140,7 @@ class ExpertSummary(_Model):
     fraction_of_full: float
     relative_error: float
     folded: int
+    norm: float | None = Field(default=None, ge=0)
 
 
 class ExpertEntry(_Model):
@@ -201,28 +204,6 @@ class Manifest(_Model):
         """Paths of the current experts' files."""
         folders = [expert_folder(name, self.experts[name].generation) for name in self.active()]
         return tuple(f"{folder}/{file}" for folder in folders for file in EXPERT_FILES)
-
-
-def check_expected(name: str, current: ExpertEntry | None, expected: int | None) -> None:
-    """Compare-and-swap on an expert's generation.
-
-    Raises:
-        DuplicateExpertError: the name is in use and nothing was expected.
-        UnknownExpertError: a generation was expected and the name is not in use.
-        GenerationConflictError: another generation is current.
-    """
-    active = current is not None and current.state == "active"
-    if expected is None:
-        if active:
-            raise DuplicateExpertError(
-                f"expert {name!r} exists; name the generation to replace, or choose another name"
-            )
-    elif current is None or not active:
-        raise UnknownExpertError(f"there is no expert {name!r} whose generation {expected} could be replaced")
-    elif current.generation != expected:
-        raise GenerationConflictError(
-            f"expert {name!r} is at generation {current.generation}, not {expected}; look again and retry"
-        )
 
 
 def expert_folder(name: str, generation: int) -> str:

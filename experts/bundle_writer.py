@@ -105,9 +105,14 @@ class BundleWriter:
         return Checkpoint.open(self.shared_path), BaseDelta.open(path)
 
     def add_expert(
-        self, name: str, compressed: CompressedExpert, source: ExpertSource, shared: Checkpoint
+        self,
+        name: str,
+        compressed: CompressedExpert,
+        source: ExpertSource,
+        shared: Checkpoint,
+        compression: CompressionSpec | None = None,
     ) -> None:
-        """Write the first generation of an expert.
+        """Write the first generation of an expert; `compression` is its own where it is not the bundle's.
 
         Raises:
             BundleError: the name is not allowed or is the bundle's own.
@@ -126,7 +131,7 @@ class BundleWriter:
             state="active",
             routed=False,
             source=source,
-            compression=self.compression,
+            compression=compression or self.compression,
             summary=summarise(compressed, shared),
         )
 

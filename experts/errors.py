@@ -6,6 +6,7 @@
     ├── MergeError             a merge was asked for with impossible hyper-parameters or inputs
     ├── CompressionError       a tensor cannot be factored: NaN, Inf, impossible rank or budget
     ├── RoutingError           a router cannot be trained, loaded or asked
+    ├── ExportError            an expert cannot be written in the form that is asked for
     ├── EvaluationError        an evaluation cannot be run or read: overlapping data, a missing expert, a broken store
     ├── BundleError            a bundle breaks its contract
     │   ├── CorruptBundleError   a digest, shape or dtype differs from the manifest
@@ -16,6 +17,8 @@
         ├── CatalogueError         its database cannot be reached, read or written, or is of another version
         ├── RecordNotFoundError    no generation, job, alias or upload of that id
         ├── TransitionError        the record's state does not allow it: a failed generation cannot go live
+        │   ├── RegistryFullError      as many jobs wait as may
+        │   └── OffsetError            a part of an upload that does not go on where the upload ends
         ├── IdempotencyError       the idempotency key was used for another request
         ├── JobLostError           the job went to another worker, or was cancelled; its result counts for nothing
         ├── StaleRouterError       the router was fitted on one that is not the current one any more
@@ -24,6 +27,8 @@
         │   ├── CorruptBlobError     what is stored differs from its digest
         │   └── StorageFullError     no room for it
         ├── SourceError            where an expert should come from is refused: URL, address, file, size
+        │   ├── SourceTooLargeError    more bytes than one source may have
+        │   └── SourceUnavailableError nothing usable answers at its URL, or not in time
         └── SignatureError         a signature is missing, wrong, or by nobody who is trusted
 
 Every message names the file, tensor or field, what is wrong with it and how to mend it.
@@ -52,6 +57,10 @@ class CompressionError(ExpertsError):
 
 class RoutingError(ExpertsError):
     """A router that cannot be trained, loaded or asked."""
+
+
+class ExportError(ExpertsError):
+    """An expert cannot be written in the form that is asked for; says which other form can hold it."""
 
 
 class EvaluationError(ExpertsError):
@@ -94,6 +103,14 @@ class TransitionError(RegistryError):
     """The record's state does not allow the change."""
 
 
+class RegistryFullError(TransitionError):
+    """As many jobs run or wait as may."""
+
+
+class OffsetError(TransitionError):
+    """A part of an uploaded file does not go on where the file ends."""
+
+
 class IdempotencyError(RegistryError):
     """The idempotency key was used for another request before."""
 
@@ -124,6 +141,14 @@ class StorageFullError(BlobError):
 
 class SourceError(RegistryError):
     """Where an expert should come from is refused: its URL, address, files or size."""
+
+
+class SourceTooLargeError(SourceError):
+    """A source has more bytes than one may have."""
+
+
+class SourceUnavailableError(SourceError):
+    """Nothing usable answers at a source's URL, or not in time."""
 
 
 class SignatureError(RegistryError):

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from experts import cli as experts_cli
 from experts.embedded import cli as embedded_cli
 from experts.errors import ExpertsError
 from experts.evaluation import cli as evaluation_cli
+from service import cli_experts, cli_registry
+from service.cli_settings import read_settings
 from service.errors import TwinserveError
 from service.keys import HASHED, Keys, digest_of, new_key, parse_key
 from service.logs import configure_logging
+from service.remote.console import URL_VARIABLE
 from service.settings import ENV_PREFIX, Settings
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ def build_app() -> typer.Typer:
     commands.command("serve")(serve)
     commands.command("native")(native)
     commands.command("key")(key)
+    commands.add_typer(cli_registry.build_app(), name="registry")
+    commands.add_typer(cli_experts.build_app(), name="experts")
     experts_cli.register(commands)
     commands.command("eval")(evaluation_cli.evaluate)
     commands.add_typer(embedded_cli.build_app(), name="embedded")
@@ -64,7 +68,7 @@ def serve(
     An option wins over its environment variable: TWINSERVE_ and the option's name in capitals, as
     TWINSERVE_PORT. Keys and limits have variables only: TWINSERVE_API_KEYS, TWINSERVE_ADMIN_KEY, …
     """
-    settings = _settings(
+    settings = read_settings(
         bundle=bundle,
         host=host,
         port=port,
@@ -124,21 +128,9 @@ def key(
     typer.echo(f"{made}\n{line}")
 
 
-def _settings(**options: Any) -> Settings:
-    """Environment and options; what is wrong is told in the operator's words."""
-    try:
-        return Settings(**{name: value for name, value in options.items() if value is not None})
-    except ValidationError as error:
-        for problem in error.errors():
-            name = ".".join(str(part) for part in problem["loc"])
-            variable = f"{ENV_PREFIX}{name.upper()}: " if name else ""
-            typer.echo(f"twinserve: {variable}{problem['msg'].removeprefix('Value error, ')}", err=True)
-        raise typer.Exit(2) from error
-
-
 def unknown_variables(environment: os._Environ[str] | dict[str, str]) -> list[str]:
     """Variables with our prefix that no setting reads."""
-    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | {URL_VARIABLE}
     return sorted(
         name for name in environment if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
     )

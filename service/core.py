@@ -193,6 +193,7 @@ class RoutingOutcome:
         scores: every expert's calibrated probability before top-k and threshold; empty where not asked.
         abstained: the router left the prompt to the shared expert, as unlike what it knows.
         explored: another expert than the best known one, to learn of it from feedback.
+        trial: the generation whose canary this request was; None for all others.
         decision: what feedback needs to learn from a rating; None without feedback.
     """
 
@@ -205,6 +206,7 @@ class RoutingOutcome:
     scores: Mapping[str, float] = field(default_factory=dict)
     abstained: bool = False
     explored: bool = False
+    trial: ExpertKey | None = None
     decision: object | None = field(default=None, repr=False, compare=False)
 
 
@@ -284,6 +286,8 @@ class ExpertStatus:
     """One expert as operators see it.
 
     Attributes:
+        state: active: the one that its name stands for; trial: a share of the routed requests, or who names the
+            generation, gets it; staged: nobody but who names the generation; retired: only running requests.
         routed: the router can choose it; otherwise it serves by name or gates only.
         leases: live requests that use this generation.
         nbytes: true bytes of its factors in memory; an estimate for one that never was.
@@ -292,7 +296,7 @@ class ExpertStatus:
 
     name: str
     generation: int
-    state: Literal["active", "retired"]
+    state: Literal["active", "trial", "staged", "retired"]
     routed: bool
     leases: int
     nbytes: int
@@ -305,6 +309,8 @@ class RequestStats:
     """Times of one ended request, seconds on the monotonic clock; None where a stage was not reached.
 
     Attributes:
+        generations: expert name → generation used.
+        trial: the generation whose canary it was.
         leads: it was the first choice of its prompt, which counts once.
         origin: as the request had it.
     """
@@ -320,13 +326,71 @@ class RequestStats:
     total_seconds: float
     gates: Mapping[str, float]
     abstained: bool = False
+    generations: Mapping[str, int] = field(default_factory=dict)
+    trial: ExpertKey | None = None
     leads: bool = True
     origin: object | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
+class ShadowStats:
+    """A shadow's gates beside those that were used, of one request.
+
+    Attributes:
+        agree: the same expert weighs most in both, or neither has any.
+        difference: mean absolute difference over the experts that either names.
+    """
+
+    key: ExpertKey
+    agree: bool
+    difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouteStats:
+    """What the router made of one real request.
+
+    Attributes:
+        confidence: its largest probability.
+        distance: how unlike the router's own held-out prompts it is, in spreads from their median: of those half
+            lie below 0 and 5 % above 1. None where the router has no such statistics, or needed no look.
+        trial: the canary that it belongs to.
+        shadow: None where no shadow looked on.
+    """
+
+    confidence: float
+    abstained: bool
+    distance: float | None = None
+    trial: ExpertKey | None = None
+    shadow: ShadowStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterBaseline:
+    """What the current router was fitted to expect, to compare its requests with.
+
+    Attributes:
+        generation: of the router.
+        abstention: share of prompts like those that it was fitted on which it leaves to the shared expert; None
+            for one that never does.
+        threshold: the distance from which on it abstains; None as well.
+        accuracy: share of its own held-out prompts that it sent to their expert; None where it does not say.
+    """
+
+    generation: int
+    experts: int
+    abstention: float | None = None
+    threshold: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StepStats:
-    """What one engine step did."""
+    """What one engine step did.
+
+    Attributes:
+        routes: of the real requests that were routed since the last step.
+    """
 
     mode: StepMode
     seconds: float
@@ -340,6 +404,7 @@ class StepStats:
     routed_requests: int = 0
     route_seconds: float = 0.0
     preemptions: int = 0
+    routes: tuple[RouteStats, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,6 +417,8 @@ class EngineGauges:
         expert_loads, expert_evictions: experts that came into a slot or lost it.
         expert_hits, expert_misses: experts of queued requests that had a slot, or had none.
         merged_bytes: materialised weights held.
+        experts_staged: generations beside the current ones: staged, or tried out.
+        router: what the current one was fitted to expect; None without one.
     """
 
     running: int
@@ -369,3 +436,5 @@ class EngineGauges:
     expert_misses: int
     merged_bytes: int
     alive: bool
+    experts_staged: int = 0
+    router: RouterBaseline | None = None

@@ -27,6 +27,7 @@
     ├── UrlTooLongError            414  url_too_long
     ├── ExpertRejectedError        422  expert_rejected         (a checkpoint that cannot become an expert)
     │   └── FolderNotFoundError    422  folder_not_found        (nothing lies at a registration's path)
+    ├── ExportRejectedError        422  export_rejected         (a format that cannot hold the expert)
     ├── SignatureRejectedError     422  signature_rejected      (missing, wrong, or by nobody who is trusted)
     ├── IdempotencyKeyError        422  idempotency_key_reused  (for another request)
     ├── QueueFullError             429  queue_full              (Retry-After)
@@ -234,6 +235,14 @@ class ExpertRejectedError(TwinserveError):
 
     status = 422
     code = "expert_rejected"
+    type = "invalid_request_error"
+
+
+class ExportRejectedError(TwinserveError):
+    """The format that is asked for cannot hold what the expert changes."""
+
+    status = 422
+    code = "export_rejected"
     type = "invalid_request_error"
 
 

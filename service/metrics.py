@@ -4,8 +4,14 @@ Names and buckets are vLLM's under `twinserve_`, so that its dashboards need a p
 engine hands over plain statistics once a step and once a request (`on_step`, `on_request`, from its own
 thread); gauges are read when somebody scrapes. Labels are bounded: names of experts, models and keys beyond
 the first `expert_labels` of each share the label `other`.
+
+Drift: a router says what it was fitted to expect (`router_fitted_accuracy`, `router_fitted_abstention_ratio`), and
+what real requests look like to it is counted beside: the mean of `router_confidence`, `router_abstentions` over
+`routed_requests`, and the share of `router_distance` above 1, which is 5 % of prompts like those of its fit. Where
+they part for long, the prompts have changed: register the experts again with prompts of today.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +23,8 @@ from prometheus_client.registry import Collector
 
 from service.core import EngineGauges, RequestStats, StepStats
 from service.gen_ai import WELL, GenAiMetrics
+from service.generation_metrics import GenerationMetrics
+from service.registry_metrics import RegistryMetrics
 
 _FIRST_TOKEN = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
@@ -53,6 +61,10 @@ def _share(used: int, total: int) -> float:
     return used / total if total else 0.0
 
 
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 _GAUGES = (
     _Read("num_requests_running", "Sequences that hold KV blocks.", lambda g: g.running),
     _Read("num_requests_waiting", "Sequences that wait to be admitted.", lambda g: g.waiting),
@@ -73,6 +85,32 @@ _GAUGES = (
         "experts_resident",
         "Expert generations on the device, replaced ones with leases included.",
         lambda g: g.experts_resident,
+    ),
+    _Read(
+        "experts_staged",
+        "Generations in memory beside the current ones: tried out, or staged.",
+        lambda g: g.experts_staged,
+    ),
+    _Read(
+        "router_generation",
+        "The current router; 0 without one.",
+        lambda g: g.router.generation if g.router else 0,
+    ),
+    _Read(
+        "router_fitted_accuracy",
+        "Share of the held-out prompts of its fit that the router sent to their own expert; NaN where it is not "
+        "known.",
+        lambda g: _known(g.router.accuracy if g.router else None),
+    ),
+    _Read(
+        "router_fitted_abstention_ratio",
+        "Share of such prompts that it was to leave to the shared expert; NaN for a router that never does.",
+        lambda g: _known(g.router.abstention if g.router else None),
+    ),
+    _Read(
+        "router_distance_threshold",
+        "The router_distance from which on it does; NaN for a router that never does.",
+        lambda g: _known(g.router.threshold if g.router else None),
     ),
     _Read("merged_weight_bytes", "Materialised weights held.", lambda g: g.merged_bytes),
     _Read("engine_up", "1 while the engine thread lives.", lambda g: float(g.alive)),
@@ -134,8 +172,10 @@ class Metrics:
         self._make_http_metrics()
         self._make_caller_metrics()
         self._gen_ai = GenAiMetrics(registry)
+        self._generations = GenerationMetrics(registry, self._expert_label)
         self._make_classify_metrics()
         self._make_feedback_metrics()
+        self.registrar = RegistryMetrics(registry)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"twinserve_{name}", text, labels, registry=self.registry)
@@ -260,6 +300,8 @@ class Metrics:
         self._preemptions.inc(stats.preemptions)
         for seconds in stats.inter_token_seconds:
             self._inter_token.observe(seconds)
+        for route in stats.routes:
+            self._generations.on_route(route)
         if stats.routed_requests:
             self._routed.inc(stats.routed_requests)
             self._route_step.observe(stats.route_seconds)
@@ -292,6 +334,7 @@ class Metrics:
         ):
             if seconds is not None:
                 histogram.observe(seconds)
+        self._generations.on_request(stats, _FINISHED.get(stats.reason, "error"))
         self._abstentions.inc(stats.abstained)
         for name, weight in stats.gates.items():
             self._gate_mass.labels(self._expert_label(name)).inc(abs(weight))

@@ -1,4 +1,4 @@
-"""Puts the server together and runs it: bundle, runtime, metrics, app, uvicorn; drains on SIGTERM."""
+"""Puts the server together and runs it: registry, runtime, metrics, app, uvicorn; drains on SIGTERM."""
 
 import asyncio
 import contextlib
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from transformers.utils.logging import disable_progress_bar
 
-from experts.bundle import Bundle
 from experts.errors import BundleError
-from experts.routing import BanditSpec
+from experts.routing import BanditSpec, Router
 from service.api.app import create_app
 from service.api.naming import SHARED
 from service.api.protocol import ConnectionLimits, guarded_protocol
@@ -25,8 +25,8 @@ from service.engine.routing import RoutingDefaults
 from service.feedback import Feedback, FeedbackOptions, open_feedback
 from service.grammar import GrammarOptions
 from service.metrics import Metrics
-from service.registrar import Registrar
-from service.runtime import Runtime, RuntimeConfig, open_runtime
+from service.registrar import CatalogueFamily, RunningRegistry, open_registry
+from service.runtime import Runtime, RuntimeConfig, RuntimeSwitch, open_runtime
 from service.scheduler.policy import Budget, Limits, Policy
 from service.settings import Settings
 from service.telemetry import StatsRelay, open_tracing
@@ -98,6 +98,7 @@ class DrainingServer(uvicorn.Server):
 
     Args:
         runtime: refuses new requests as soon as the shutdown begins.
+        registry: begins with the server, and ends when the shutdown begins.
         drain_seconds: what running requests may still take; then they end with an error.
         announce: gets the URL once connections are accepted.
         classifier: closed when the last connection is.
@@ -107,7 +108,8 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        runtime: Runtime,
+        runtime: RuntimeSwitch,
+        registry: RunningRegistry,
         drain_seconds: float,
         announce: Callable[[str], None],
         classifier: Classifier | None = None,
@@ -117,6 +119,7 @@ class DrainingServer(uvicorn.Server):
         self._tracing = tracing
         self._classifier = classifier
         self._runtime = runtime
+        self._registry = registry
         self._drain_seconds = drain_seconds
         self._announce = announce
 
@@ -131,7 +134,9 @@ class DrainingServer(uvicorn.Server):
         """Listen, then say so."""
         await super().startup(sockets)
         if self.started:
-            self._announce(_url(self.servers[0].sockets[0].getsockname()))
+            url = _url(self.servers[0].sockets[0].getsockname())
+            self._registry.start(url)
+            self._announce(url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse, drain, close.
@@ -145,12 +150,15 @@ class DrainingServer(uvicorn.Server):
             connection.shutdown()  # the idle ones; the others when they have answered
         # One turn, so that the runtime refuses before anything else is taken in.
         await asyncio.sleep(0)
+        leaving = asyncio.create_task(self._registry.stop())
         while not drain.done() or (self.server_state.tasks and time.monotonic() < deadline):
             if self.force_exit:
                 break
             await asyncio.sleep(_POLL_SECONDS)
         await super().shutdown(sockets)
         await drain
+        await leaving
+        await asyncio.to_thread(self._registry.close)
         if self._classifier is not None:
             self._classifier.close()
         if self._tracing is not None:
@@ -163,7 +171,7 @@ def _url(address: tuple[str, int]) -> str:
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
-def serve(settings: Settings, announce: Callable[[str, Runtime], None]) -> None:
+def serve(settings: Settings, announce: Callable[[str, RuntimeSwitch], None]) -> None:
     """Serve until SIGTERM or SIGINT. Blocks.
 
     Args:
@@ -182,30 +190,53 @@ def serve(settings: Settings, announce: Callable[[str, Runtime], None]) -> None:
         runtime.close()
 
 
-def assemble(settings: Settings, announce: Callable[[str, Runtime], None]) -> tuple[DrainingServer, Runtime]:
+def assemble(
+    settings: Settings, announce: Callable[[str, RuntimeSwitch], None]
+) -> tuple[DrainingServer, RuntimeSwitch]:
     """A server that is ready to run, and the runtime under it, which is the caller's to close.
 
     Raises:
         ExpertsError, TwinserveError, ValueError: as `serve`.
     """
-    # Where not all experts are loaded, each one's files are read and checked when it is first wanted.
-    slots = settings.max_experts is not None or settings.max_expert_bytes is not None
-    bundle = Bundle.open(settings.bundle, lazy=slots)
     metrics = _metrics()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are lines
     tracing = open_tracing(settings)
-    runtime = open_runtime(bundle, runtime_config(settings), StatsRelay(metrics))
-    metrics.watch(runtime.gauges)
-    registrar = Registrar(
-        runtime,
-        bundle,
-        settings.experts_root,
-        seconds=settings.registration_seconds,
-        limit=settings.max_registrations,
-    )
-    feedback = _feedback(settings, bundle, runtime, metrics)
-    classifier = _classifier(settings, runtime, metrics)
-    app = create_app(runtime, settings, metrics, registrar, classifier, feedback, tracing)
+    with contextlib.ExitStack() as undo:
+        registry = open_registry(settings)
+        undo.callback(registry.close)
+        relay = StatsRelay(metrics)
+
+        def open_family(family: CatalogueFamily) -> Runtime:
+            return open_runtime(family, runtime_config(settings), relay)
+
+        runtime = RuntimeSwitch(open_family(registry.family))
+        undo.callback(runtime.close)
+        metrics.watch(runtime.gauges)
+        running = RunningRegistry(
+            settings,
+            registry,
+            runtime,
+            lambda family: runtime.swap(lambda: open_family(family)),
+            metrics.registrar,
+        )
+        feedback = _feedback(settings, registry.family.router(), runtime, metrics)
+        classifier = _classifier(settings, runtime, metrics)
+        app = create_app(runtime, settings, metrics, running.registrar, classifier, feedback, tracing)
+        server = _server(settings, app, runtime, running, metrics, announce, classifier, tracing)
+        undo.pop_all()
+    return server, runtime
+
+
+def _server(
+    settings: Settings,
+    app: FastAPI,
+    runtime: RuntimeSwitch,
+    running: RunningRegistry,
+    metrics: Metrics,
+    announce: Callable[[str, RuntimeSwitch], None],
+    classifier: Classifier | None,
+    tracing: "Tracing | None",
+) -> DrainingServer:
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -218,10 +249,15 @@ def assemble(settings: Settings, announce: Callable[[str, Runtime], None]) -> tu
         http=guarded_protocol(_connection_limits(settings), metrics.on_connection_refused),
         ws="none",
     )
-    server = DrainingServer(
-        config, runtime, settings.drain_seconds, lambda url: announce(url, runtime), classifier, tracing
+    return DrainingServer(
+        config,
+        runtime,
+        running,
+        settings.drain_seconds,
+        lambda url: announce(url, runtime),
+        classifier,
+        tracing,
     )
-    return server, runtime
 
 
 def _connection_limits(settings: Settings) -> ConnectionLimits:
@@ -234,8 +270,10 @@ def _connection_limits(settings: Settings) -> ConnectionLimits:
     )
 
 
-def _feedback(settings: Settings, bundle: Bundle, runtime: Runtime, metrics: Metrics) -> Feedback | None:
-    """The feedback of the settings, at work in the runtime, which is closed if its folder cannot be used."""
+def _feedback(
+    settings: Settings, router: Router | None, runtime: RuntimeSwitch, metrics: Metrics
+) -> Feedback | None:
+    """The feedback of the settings, at work in the runtime."""
     if not settings.feedback:
         return None
     options = FeedbackOptions(
@@ -246,37 +284,32 @@ def _feedback(settings: Settings, bundle: Bundle, runtime: Runtime, metrics: Met
         snapshot_every=settings.feedback_snapshot_every,
     )
     try:
-        feedback = open_feedback(options, bundle.router(), metrics)
+        feedback = open_feedback(options, router, metrics)
     except OSError as error:
-        runtime.close()
         raise ValueError(f"TWINSERVE_FEEDBACK_DIR: cannot use {settings.feedback_dir}: {error}") from error
     runtime.use_feedback(feedback)
     return feedback
 
 
-def _classifier(settings: Settings, runtime: Runtime, metrics: Metrics) -> Classifier | None:
-    """The classifier of the settings; the runtime is closed if it cannot be opened."""
+def _classifier(settings: Settings, runtime: RuntimeSwitch, metrics: Metrics) -> Classifier | None:
+    """The classifier of the settings."""
     if settings.classifier is None:
         return None
-    try:
-        opened = open_classifier(
-            settings.classifier,
-            metrics,
-            device=settings.device,
-            max_queue=settings.max_queue,
-            max_batch=settings.max_batch,
-            max_text_tokens=settings.max_prompt_tokens,
-            threads=settings.threads,
+    opened = open_classifier(
+        settings.classifier,
+        metrics,
+        device=settings.device,
+        max_queue=settings.max_queue,
+        max_batch=settings.max_batch,
+        max_text_tokens=settings.max_prompt_tokens,
+        threads=settings.threads,
+    )
+    if opened.name in (runtime.bundle_name, SHARED, *(status.name for status in runtime.experts())):
+        opened.close()
+        raise BundleError(
+            f"{settings.classifier}: its name {opened.name!r} is a model of {settings.bundle} too; build it "
+            "under another name"
         )
-        if opened.name in (runtime.bundle_name, SHARED, *(status.name for status in runtime.experts())):
-            opened.close()
-            raise BundleError(
-                f"{settings.classifier}: its name {opened.name!r} is a model of {settings.bundle} too; build it "
-                "under another name"
-            )
-    except BaseException:
-        runtime.close()
-        raise
     return opened
 
 

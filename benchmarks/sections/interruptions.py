@@ -14,7 +14,7 @@ from benchmarks.paired import percentile
 from benchmarks.report import Figure
 from benchmarks.workload import MEANING, Load
 from experts.bundle import Bundle
-from service.runtime import Runtime
+from service.runtime import LiveChange, Runtime
 
 ROWS = 8
 LONG_PROMPT = 2048
@@ -75,7 +75,8 @@ async def _publish(runtime: Runtime, bundle: Bundle, salt: int) -> int:
             began = time.monotonic()
             original = await asyncio.to_thread(bundle.expert, names[done % len(names)])
             generation = salt * _GENERATIONS + done + 1
-            await runtime.publish(renamed(original, _PUBLISHED, generation), router)
+            change = LiveChange((renamed(original, _PUBLISHED, generation),), router=router)
+            await runtime.apply(change)
             done += 1
             await asyncio.sleep(max(0.0, 1.0 - (time.monotonic() - began)))
     return done

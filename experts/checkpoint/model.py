@@ -85,6 +85,10 @@ class Checkpoint:
                 )
         return checkpoint
 
+    def streamed(self) -> "Checkpoint":
+        """The same, for who goes through its tensors one by one: each is read anew, none stays in memory."""
+        return Checkpoint(self.path, self.config, TensorStore(self.files, mapped=False))
+
     def _parameter_name(self, stored: str, prefix: str) -> str:
         if stored in HEADS:
             return RENAMED.get((str(self.config.get("model_type")), stored), stored)

@@ -85,8 +85,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, StoredTensor]:
     """The verified table of contents of one safetensors file.
+
+    Args:
+        path: the file.
+        max_bytes: of the header; where the file comes from elsewhere, less than the format allows.
 
     Raises:
         CheckpointError: missing, truncated, oversized or inconsistent; names the file.
@@ -96,14 +100,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
+            if len(prefix) == 8 and length > max_bytes:
+                raise CheckpointError(
+                    f"{path} declares a header of {length} bytes, the limit is {max_bytes}; "
+                    "it is not a sound safetensors file"
+                )
             if len(prefix) < 8 or 8 + length > size:
                 raise CheckpointError(
                     f"{path} is truncated: its header does not fit its {size} bytes; fetch it again"
-                )
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path} declares a header of {length} bytes, the format allows {MAX_HEADER_BYTES}; "
-                    "it is not a sound safetensors file"
                 )
             raw = file.read(length)
     except OSError as error:
@@ -134,6 +138,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free texts in the header of one safetensors file, which is verified as by `read_header`.
+
+    Raises:
+        CheckpointError: as `read_header`, or what is there is not text by name.
+    """
+    read_header(path)
+    with path.open("rb") as file:
+        metadata = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{path} has metadata that is not text by name; save it again")
+    return metadata
+
+
 def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     """One entry of a header; ValueError, TypeError or KeyError if it is inconsistent."""
     shape = tuple(entry["shape"])
@@ -161,13 +179,19 @@ class TensorStore:
     them. Replacing a file by renaming another over it is safe, overwriting it in place is not.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], *, mapped: bool = True) -> None:
         """Verify the headers of `files`.
+
+        Args:
+            files: safetensors files.
+            mapped: False reads each tensor into memory of its own, anew whenever it is asked for: who goes through
+                all of them once needs memory for those at hand, where mapped pages would stay with the process.
 
         Raises:
             CheckpointError: a file is corrupt, or a tensor appears in two of them.
         """
         self.files = tuple(files)
+        self._mapped = mapped
         self._tensors: dict[str, StoredTensor] = {}
         self._handles: dict[Path, Any] = {}
         for file in self.files:
@@ -190,6 +214,8 @@ class TensorStore:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as stored. KeyError if there is no such tensor."""
+        if not self._mapped:
+            return _read(self._tensors[name])
         file = self._tensors[name].file
         try:
             if file not in self._handles:
@@ -198,6 +224,23 @@ class TensorStore:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
         return tensor
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    """One tensor in memory of its own."""
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    left = tensor.reshape(-1).view(torch.uint8).numpy().data
+    try:
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise CheckpointError(f"{stored.file} ended within {stored.name}; was it overwritten?")
+                left = left[count:]
+    except OSError as error:
+        raise CheckpointError(f"{stored.file}: {stored.name} cannot be read: {error}") from error
+    return tensor
 
 
 def find_weights(folder: Path, stem: str) -> tuple[Path, ...]:

@@ -56,6 +56,11 @@ class CompressionReport(BaseModel):
         return self.nbytes / self.model_nbytes if self.model_nbytes else None
 
     @property
+    def norm(self) -> float:
+        """Frobenius norm of the whole exclusive vector, folded tensors included."""
+        return float(sum(tensor.norm**2 for tensor in self.tensors) ** 0.5)
+
+    @property
     def relative_error(self) -> float:
         """Frobenius error over Frobenius norm of the whole exclusive vector, folded tensors included."""
         return _ratio(self.tensors)

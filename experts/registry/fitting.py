@@ -1,6 +1,7 @@
 """Router kinds by name: features of prompts → a router; weights alone → a data-free one."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,19 @@ from experts.routing.training import CONSTANT, Pace
 
 Kind = Literal["mlp", "gaussian", "nearest", "staged", "subspace"]
 """What `build --router` takes, but for "none"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What the shared expert makes of prompts that are nobody's, by one FeatureSpec.
+
+    Attributes:
+        features: (neutral prompts × forms, d) float32, in the order of `render_prompts`.
+        forms: consecutive rows that come from one prompt.
+    """
+
+    features: Tensor
+    forms: int
 
 
 def fit_router(
@@ -135,17 +149,30 @@ def by_weights(
     known: Router | None,
     top_k: int,
     threshold: float,
+    background: Background | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SubspaceRouter:
-    """A data-free router around one that knows other experts by their prompts, or around none."""
+    """A data-free router around one that knows other experts by their prompts, or around none.
+
+    Args:
+        tasks: expert → its δ.
+        background: by that spec; if not given, the shared expert is loaded to take it.
+    """
     shared = Checkpoint.open(shared_path)
     # Before anything is loaded, since a layer may not exist.
     rows = {name: responses(task, shared, spec.read) for name, task in tasks.items()}
+    seen = background or neutral_background(shared_path, spec, progress)
+    return SubspaceRouter.of(
+        rows, seen.features, spec, forms=seen.forms, known=known, top_k=top_k, threshold=threshold
+    )
+
+
+def neutral_background(
+    shared_path: Path, spec: FeatureSpec, progress: Callable[[int, int], None] | None = None
+) -> Background:
+    """Features of neutral prompts. Loads the shared expert; a server that runs it takes them from there."""
     tokenizer = load_tokenizer(shared_path)
     prompts = neutral_prompts(tokenizer)
     ids = render_prompts(tokenizer, prompts)
-    background = extract_features(load_model(shared_path), ids, spec, progress=progress)
-    forms = len(ids) // len(prompts)
-    return SubspaceRouter.of(
-        rows, background, spec, forms=forms, known=known, top_k=top_k, threshold=threshold
-    )
+    features = extract_features(load_model(shared_path), ids, spec, progress=progress)
+    return Background(features, len(ids) // len(prompts))

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,12 +11,14 @@ from torch import Tensor
 from experts.bundle import Bundle
 from experts.bundle_delta import BaseDelta
 from experts.bundle_files import digest
-from experts.bundle_manifest import ExpertSource, check_name
-from experts.checkpoint import Checkpoint, FineTune, open_fine_tune
+from experts.bundle_manifest import EXPERT_FILES, ExpertSource, check_name
+from experts.checkpoint import Checkpoint, FineTune
+from experts.checkpoint.gguf_file import find_gguf
 from experts.checkpoint.storage import find_weights
 from experts.compression import CompressedExpert, CompressionSpec, compress, exclusive_delta
 from experts.factors import Delta
 from experts.registry.calibration import expert_statistics
+from experts.registry.importing import OverShared, open_source
 from experts.routing import RoutingPrompt
 from experts.routing.loading import load_model, load_tokenizer
 
@@ -26,17 +29,19 @@ def prepare_expert(
     source: Path,
     spec: CompressionSpec | None = None,
     prompts: Sequence[RoutingPrompt] = (),
+    progress: Callable[[str], None] | None = None,
 ) -> CompressedExpert:
     """Validate a fine-tune, take its exclusive vector against this bundle's shared expert, compress it.
 
-    `Bundle.publish_expert` makes the result live.
+    What was exported from this bundle, and not changed since, is taken over as it is, unless another size is asked.
 
     Args:
         bundle: the family it joins.
         name: the expert's name to be.
-        source: a PEFT LoRA folder or a full fine-tune of the same base.
+        source: folder of a PEFT LoRA, a GGUF LoRA, a full fine-tune or a ready expert; see `open_source`.
         spec: how to compress; the bundle's own spec if not given.
         prompts: what it is for; read only where the compression depends on activations.
+        progress: called with each parameter's name once it is decomposed.
 
     Raises:
         CheckpointError: the source cannot be read; names the file.
@@ -46,13 +51,20 @@ def prepare_expert(
     """
     check_name(name)
     # The base itself is not in the bundle. The shared expert has its shapes, config and tokenizer.
-    fine_tune = open_fine_tune(name, source, bundle.shared)
+    fine_tune = open_source(name, source, bundle)
     chosen = spec or bundle.manifest.compression
+    if isinstance(fine_tune, OverShared) and fine_tune.kept and _same_size(chosen, bundle.manifest.compression):
+        return fine_tune.kept
     statistics = None
     if chosen.allocation == "activation":
         model, tokenizer = load_model(bundle.shared_path), load_tokenizer(bundle.shared_path)
         statistics = expert_statistics(model, tokenizer, name, prompts)
-    return compress_exclusive(fine_tune, bundle.shared, bundle.base_delta, chosen, statistics=statistics)
+    return compress_exclusive(fine_tune, bundle.shared, bundle.base_delta, chosen, progress, statistics)
+
+
+def _same_size(one: CompressionSpec, other: CompressionSpec) -> bool:
+    """Whether they keep as much, in the same form; by what is chosen makes no difference to what is not chosen."""
+    return one == other.model_copy(update={"allocation": one.allocation})
 
 
 def compress_exclusive(
@@ -64,7 +76,7 @@ def compress_exclusive(
     statistics: Mapping[str, Tensor] | None = None,
 ) -> CompressedExpert:
     """The compressed exclusive vector of a fine-tune that was opened against the shared expert."""
-    deltas = exclusive_vector(fine_tune, shared, base_delta)
+    deltas = exclusive_vector(fine_tune, shared.streamed(), base_delta)
     return compress(deltas, spec, model_nbytes=shared.nbytes, progress=progress, statistics=statistics)
 
 
@@ -74,9 +86,15 @@ def exclusive_vector(
     """v_t = θ_t − θ*, one parameter after another; parameters without a difference are left out.
 
     Where the fine-tune stores θ_t itself, θ* is subtracted as stored, so nothing depends on θ₀. Where it
-    stores a product, v_t = δ_t − (θ* − θ₀) and stays low-rank if the merge did.
+    stores a product, v_t = δ_t − (θ* − θ₀) and stays low-rank if the merge did. Where it is a change of θ*, that
+    change is it.
     """
     for name in shared.names:
+        if isinstance(fine_tune, OverShared):
+            known = fine_tune.exclusive(name)
+            if known is not None:
+                yield name, known
+            continue
         own = fine_tune.tensor(name)
         if own is None:
             delta = exclusive_delta(fine_tune.delta(name), base_delta.delta(name))
@@ -92,10 +110,17 @@ def describe_source(source: Path) -> ExpertSource:
     """What kind of checkpoint a folder holds, and a sha256 over its weights and config.
 
     Raises:
-        CheckpointError: it has no safetensors weights.
+        CheckpointError: it has no weights that can be read.
     """
-    is_lora = (source / "adapter_config.json").is_file()
-    config = "adapter_config.json" if is_lora else "config.json"
-    files = (source / config, *find_weights(source, "adapter_model" if is_lora else "model"))
+    files: tuple[Path, ...]
+    kind: Literal["lora", "full", "gguf", "expert"]
+    if (source / "adapter_config.json").is_file():
+        kind, files = "lora", (source / "adapter_config.json", *find_weights(source, "adapter_model"))
+    elif (source / EXPERT_FILES[0]).is_file():
+        kind, files = "expert", tuple(source / file for file in EXPERT_FILES)
+    elif not (source / "config.json").is_file() and (adapter := find_gguf(source)) is not None:
+        kind, files = "gguf", (adapter,)
+    else:
+        kind, files = "full", (source / "config.json", *find_weights(source, "model"))
     digests = hashlib.sha256("".join(digest(file).sha256 for file in files).encode())
-    return ExpertSource(kind="lora" if is_lora else "full", sha256=digests.hexdigest())
+    return ExpertSource(kind=kind, sha256=digests.hexdigest())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from experts.bundle_delta import BaseDelta
+from experts.bundle_expert import ExpertWeights
 from experts.checkpoint import Checkpoint, FineTune
 from experts.errors import RoutingError
 from experts.factors import Delta, LowRank, added
@@ -60,6 +61,17 @@ def of_fine_tune(fine_tune: FineTune, shared: Checkpoint, base_delta: BaseDelta)
         if own is None:
             return fine_tune.delta(name)
         return added(own.to(torch.float32) - shared.tensor(name).to(torch.float32), base_delta.delta(name))
+
+    return task
+
+
+def of_expert(weights: ExpertWeights, base_delta: BaseDelta) -> Task:
+    """δ of an expert as it is served, the fine-tune being gone: its exclusive part and the shared change."""
+
+    def task(name: str) -> Delta | None:
+        own = weights.factors.get(name)
+        exact = weights.exact.get(name)
+        return added(exact if own is None else own.low_rank(), base_delta.delta(name))
 
     return task
 

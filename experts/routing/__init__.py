@@ -6,6 +6,7 @@ Imports nothing of ours but errors.
 """
 
 from experts.routing.bandit import SHARED_ARM, Arm, Bandit, BanditSpec, ContextMap, Decision
+from experts.routing.drift import Fitted, distance, fitted
 from experts.routing.features import FeatureSpec, decoder_layers, extract_features, pool
 from experts.routing.gates import QUANTUM, select_gates
 from experts.routing.kinds import load_router, router_kinds
@@ -24,13 +25,16 @@ __all__ = [
     "ContextMap",
     "Decision",
     "FeatureSpec",
+    "Fitted",
     "MlpRouter",
     "Router",
     "RoutingPrompt",
     "Settling",
     "among",
     "decoder_layers",
+    "distance",
     "extract_features",
+    "fitted",
     "judged",
     "load_prompts",
     "load_router",

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experts.errors import RoutingError
 
@@ -16,6 +15,9 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     Raises:
         RoutingError: transformers cannot load it.
     """
+    # Imported here, as below: it takes a second or two, and a registration loads no model.
+    from transformers import AutoModelForCausalLM
+
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -35,6 +37,8 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         RoutingError: transformers cannot load it.
     """
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

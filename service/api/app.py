@@ -19,6 +19,7 @@ from service.api import (
     route,
     tokenize,
 )
+from service.api.admin.streamed import is_streamed
 from service.api.auth import Gatekeeper
 from service.api.backend import Backend
 from service.api.body import json_route
@@ -29,6 +30,7 @@ from service.api.errors import install_handlers
 from service.api.headers import GENERATIONS, PATTERN, ROUTER_GENERATION
 from service.api.limits import LimitCallers
 from service.api.middleware import Authenticate, LimitBody, Observe, RefuseWhileDraining
+from service.api.naming import Naming
 from service.api.parts import Parts
 from service.api.prompts import PromptEncoder
 from service.api.tokens import TokenTexts
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 _EXPOSED = [
     "X-Request-Id",
     "Retry-After",
+    "ETag",
+    "Location",
     PATTERN,
     GENERATIONS,
     ROUTER_GENERATION,
@@ -93,7 +97,13 @@ def create_app(
             Middleware(Authenticate, gatekeeper=gatekeeper),
             Middleware(RefuseWhileDraining, draining=lambda: backend.alive and not backend.ready),
             Middleware(LimitCallers, default=_limits(settings), metrics=metrics),
-            Middleware(LimitBody, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds),
+            Middleware(
+                LimitBody,
+                max_bytes=settings.max_body_bytes,
+                seconds=settings.body_seconds,
+                streamed=is_streamed,
+                max_streamed_bytes=settings.max_source_bytes,
+            ),
         ],
     )
     install_handlers(app)
@@ -107,18 +117,20 @@ def create_app(
     texts = TokenTexts(backend.tokenizer)
     router = app.router
     router.route_class = json_route(settings.max_json_depth, log_bodies=settings.log_prompts)
-    parts = Parts(backend, settings, encoder, texts, AdapterIds(backend.expert_names))
+    naming = Naming(backend, registrar, settings.max_gate)
+    parts = Parts(backend, settings, encoder, texts, naming, AdapterIds(backend.expert_names))
     completions.add_routes(router, parts)
     chat.add_routes(router, parts)
-    route.add_routes(router, backend, settings, encoder)
+    route.add_routes(router, backend, settings, encoder, naming)
     classify.add_routes(router, classifier, settings)
     responses.add_routes(router, parts)
-    embeddings.add_routes(router, backend, settings, encoder)
-    tokenize.add_routes(router, backend, settings, encoder, texts)
-    models.add_routes(router, backend, classifier)
+    embeddings.add_routes(router, backend, settings, encoder, naming)
+    tokenize.add_routes(router, backend, settings, encoder, texts, naming)
+    models.add_routes(router, naming, classifier)
     health.add_routes(router, backend, metrics)
-    admin.add_routes(router, registrar, settings)
-    compat.add_routes(router, parts, registrar)
+    operators = admin.AdminParts(registrar, settings, backend)
+    admin.add_routes(router, operators)
+    compat.add_routes(router, parts, operators)
     feedback.add_routes(router, tuner)
     return app
 
@@ -136,7 +148,16 @@ def _cross_origin(settings: Settings) -> list[Middleware]:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", "traceparent"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "Idempotency-Key",
+                "If-Match",
+                "Last-Event-ID",
+                "X-API-Key",
+                "X-Request-Id",
+                "traceparent",
+            ],
             expose_headers=_EXPOSED,
         )
     ]

@@ -91,9 +91,9 @@ async def prepare(body: ChatBody, parts: Parts) -> PreparedChat:
         TwinserveError: refused, under the field at fault.
     """
     backend, settings, encoder = parts.backend, parts.settings, parts.encoder
-    body = with_lora(body, parts.ids, backend, settings)
+    body = await with_lora(body, parts)
     budget = _budget(body, settings.default_chat_tokens)
-    routing = check(body, 1, budget, backend, settings)
+    routing = await check(body, 1, budget, backend, settings, parts.naming)
     at_most_items(len(body.messages), settings.max_messages, "messages", "max_messages")
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequestError("'top_logprobs' is for logprobs = true only.", param="top_logprobs")

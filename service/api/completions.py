@@ -21,9 +21,9 @@ def add_routes(router: APIRouter, parts: Parts) -> None:
     @router.post("/v1/completions", response_model=CompletionAnswer, responses=ANSWERED | GENERATING)
     async def complete(request: Request, body: CompletionBody) -> Response:
         """Continue one or more prompts."""
-        body = with_lora(body, parts.ids, backend, settings)
+        body = await with_lora(body, parts)
         budget = Budget(body.max_tokens, "max_tokens", DEFAULT_COMPLETION_TOKENS)
-        routing = check(body, len(body.prompt), budget, backend, settings)
+        routing = await check(body, len(body.prompt), budget, backend, settings, parts.naming)
         keep = kept_tokens(body, budget.asked, backend, settings)
         prompts = await encoder.prompts(body.prompt, special=body.add_special_tokens, keep=keep)
         bad_words = encoder.sequences(body.bad_words)

@@ -1,5 +1,6 @@
 """The OpenAPI document: the framework's, with every error of the tree where it may come, and examples."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -37,7 +38,7 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
     own: dict[str, Any] = operation.setdefault("responses", {})
     if _is_frameworks(own.get("422", {})):
         del own["422"]
-    for status, told in _common(path, reads="requestBody" in operation).items():
+    for status, told in _common(path, operation).items():
         known = own.setdefault(str(status), {"description": "", "content": {}})
         new = told["content"]["application/json"]
         known["description"] = described(known["description"], new["examples"])
@@ -45,15 +46,25 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
         content["examples"] = {**new["examples"], **content.get("examples", {})}
 
 
-def _common(path: str, *, reads: bool) -> Responses:
+def _common(path: str, operation: Mapping[str, Any]) -> Responses:
     parts = [refusals(*ANYWHERE)]
     if not path.startswith(_OPEN):
         parts.append(refusals(*LOCKED))
     if path.startswith("/admin"):
         parts.append(refusals(errors.AdminDisabledError))
-    if reads:
+    if "requestBody" in operation:
         parts.append(with_body())
+    elif any(_is_checked(parameter) for parameter in operation.get("parameters", ())):
+        parts.append(refusals(errors.InvalidRequestError))
     return merged(*parts)
+
+
+def _is_checked(parameter: Mapping[str, Any]) -> bool:
+    """A value can be wrong; any text is a name that nobody has."""
+    return parameter["in"] != "path" or parameter["schema"] != {
+        "type": "string",
+        "title": parameter["schema"].get("title"),
+    }
 
 
 def _is_frameworks(told: dict[str, Any]) -> bool:

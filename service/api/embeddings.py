@@ -13,7 +13,7 @@ from service.api.bounds import at_most, kept_end
 from service.api.generate import answered_id
 from service.api.generation import Batch, while_connected
 from service.api.headers import routing_headers
-from service.api.naming import choose_routing, named_by
+from service.api.naming import Naming, named_by
 from service.api.prompts import PromptEncoder
 from service.api.refusals import ANSWERED, GENERATING, Responses
 from service.api.wire.answers import RoutingAnswer
@@ -31,7 +31,9 @@ _NOTHING = SamplingParams(max_tokens=1)
 """No token is generated."""
 
 
-def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder) -> None:
+def add_routes(
+    router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder, naming: Naming
+) -> None:
     """Put `POST /v1/embeddings` on `router`."""
 
     @router.post("/v1/embeddings", response_model=EmbeddingAnswer, responses=_ANSWERS)
@@ -41,7 +43,7 @@ def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder:
         `shared` reads without gates, an expert's name with that expert, the bundle's name with the gates that the
         router or the body gives.
         """
-        routing = choose_routing(body.model, body.gates, body.routing, backend, settings.max_gate)
+        routing = await naming.choose(body.model, body.gates, body.routing)
         _check(body, backend, settings)
         keep = kept_end(body.truncate_prompt_tokens, 1, backend, settings)
         inputs = await encoder.prompts(body.input, "input", special=body.add_special_tokens, keep=keep)

@@ -12,6 +12,7 @@ class Link:
     Attributes:
         source, target: method and path.
         parameters, body: of the target's request, as OpenAPI's runtime expressions.
+        status: of the good answer that has it, where there are several.
     """
 
     name: str
@@ -19,6 +20,7 @@ class Link:
     target: tuple[str, str]
     parameters: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
+    status: str = "2"
 
 
 _COMPLETIONS = ("post", "/v1/completions")
@@ -26,6 +28,10 @@ _CHAT = ("post", "/v1/chat/completions")
 _FEEDBACK = ("post", "/v1/feedback")
 _MODEL = ("get", "/v1/models/{name}")
 _EXPERT = "/admin/experts/{name}"
+_JOB = "/admin/jobs/{job}"
+_ALIAS = "/admin/aliases/{alias}"
+_EXPERTS = ("get", "/admin/experts")
+_REGISTER = ("post", "/admin/experts")
 _RATED = {"request_id": "$response.body#/id", "reward": 1}
 _ASKED = {"model": "$response.body#/data/0/id", "prompt": "How is planet spelled?", "max_tokens": 4}
 
@@ -54,9 +60,30 @@ LINKS = (
     Link(
         "Tokenize", ("post", "/detokenize"), ("post", "/tokenize"), body={"prompt": "$response.body#/prompt"}
     ),
-    Link("Show", ("post", "/admin/experts"), ("get", _EXPERT), {"name": "$response.body#/name"}),
-    Link("Retire", ("post", "/admin/experts"), ("delete", _EXPERT), {"name": "$response.body#/name"}),
-    Link("ShowListed", ("get", "/admin/experts"), ("get", _EXPERT), {"name": "$response.body#/data/0/name"}),
+    Link("Show", _REGISTER, ("get", _EXPERT), {"name": "$response.body#/name"}, status="201"),
+    Link("Retire", _REGISTER, ("delete", _EXPERT), {"name": "$response.body#/name"}, status="201"),
+    Link("Look", _REGISTER, ("get", _JOB), {"job": "$response.body#/id"}, status="202"),
+    Link("Follow", _REGISTER, ("get", f"{_JOB}/events"), {"job": "$response.body#/id"}, status="202"),
+    Link("Cancel", _REGISTER, ("post", f"{_JOB}/cancel"), {"job": "$response.body#/id"}, status="202"),
+    Link("LookListed", ("get", "/admin/jobs"), ("get", _JOB), {"job": "$response.body#/data/0/id"}),
+    Link("Retry", ("get", "/admin/jobs"), ("post", f"{_JOB}/retry"), {"job": "$response.body#/data/0/id"}),
+    Link("ShowListed", _EXPERTS, ("get", _EXPERT), {"name": "$response.body#/data/0/name"}),
+    Link("Generations", _EXPERTS, ("get", f"{_EXPERT}/generations"), {"name": "$response.body#/data/0/name"}),
+    Link(
+        "Generation",
+        ("get", f"{_EXPERT}/generations"),
+        ("get", f"{_EXPERT}/generations/{{generation}}"),
+        {"name": "$response.body#/data/0/name", "generation": "$response.body#/data/0/generation"},
+    ),
+    Link(
+        "Pin",
+        ("get", _EXPERT),
+        ("post", f"{_EXPERT}/pin"),
+        {"name": "$response.body#/name"},
+        {"generation": "$response.body#/generation"},
+    ),
+    Link("ShowAlias", ("put", _ALIAS), ("get", _ALIAS), {"alias": "$response.body#/alias"}),
+    Link("RemoveAlias", ("put", _ALIAS), ("delete", _ALIAS), {"alias": "$response.body#/alias"}),
     Link(
         "Unload",
         ("post", "/v1/load_lora_adapter"),
@@ -78,5 +105,7 @@ def add_links(document: dict[str, Any]) -> None:
             told["parameters"] = dict(link.parameters)
         if link.body is not None:
             told["requestBody"] = dict(link.body)
-        good = next(answer for status, answer in source["responses"].items() if status.startswith("2"))
+        good = next(
+            answer for status, answer in source["responses"].items() if status.startswith(link.status)
+        )
         good.setdefault("links", {})[link.name] = told

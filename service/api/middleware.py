@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger("service.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_SLOWEST = 16 * 1024
+"""Bytes a second: a client that streams for hours is welcome, one that only holds a connection is not."""
+
+_FORM_BYTES = 2**20
+"""What the headers of a form's parts may take beside the files."""
+
 _QUIET = OPEN_PATHS | {METRICS_PATH}
 """What is asked all the time and tells nothing new: neither logged nor traced."""
 
@@ -178,55 +185,103 @@ class RefuseWhileDraining:
 
 
 class LimitBody:
-    """Stops reading a body at the limit of size or of time, however its length was announced."""
+    """Stops reading a body at the limit of size or of time, however its length was announced.
 
-    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
+    Args:
+        max_bytes: of a body.
+        seconds: for all of it to arrive.
+        streamed: tells requests whose bodies go to the disk as they come; they have limits of their own.
+        max_streamed_bytes: of such a body. Nothing of it may take longer than `seconds` to come, nor may all of it
+            come more slowly than any client does.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        seconds: float,
+        streamed: Callable[[Scope], bool] = lambda _: False,
+        max_streamed_bytes: int = 0,
+    ) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._seconds = seconds
+        self._whole = _Bounds(max_bytes, "max_body_bytes", seconds)
+        self._streams = _Bounds(max_streamed_bytes + _FORM_BYTES, "max_source_bytes", seconds, streamed=True)
+        self._streamed = streamed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        bounds = self._streams if self._streamed(scope) else self._whole
         announced = Headers(scope=scope).get("content-length")
         if announced is not None:
-            refusal = self._refusal(announced)
+            refusal = bounds.refusal(announced)
             if refusal is not None:
                 await error_response(refusal)(scope, receive, send)
                 return
         seen, more = 0, True
-        deadline = asyncio.get_running_loop().time() + self._seconds
+        clock = asyncio.get_running_loop().time
+        begun = clock()
 
         async def counted() -> Message:
             nonlocal seen, more
             if not more:
                 return await receive()
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(bounds.deadline(begun, seen, clock())):
                     message = await receive()
             except TimeoutError:
-                raise SlowRequestError(
-                    f"The body did not arrive within {self._seconds:g} s (body_seconds)."
-                ) from None
+                raise bounds.too_slow() from None
             if message["type"] == "http.request":
                 more = message.get("more_body", False)
                 seen += len(message.get("body", b""))
-                if seen > self._max_bytes:
-                    raise self._too_large()
+                if seen > bounds.nbytes:
+                    raise bounds.too_large()
             return message
 
         await self._app(scope, counted, send)
 
-    def _refusal(self, announced: str) -> TwinserveError | None:
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """What one kind of bodies may take.
+
+    Attributes:
+        setting: that `nbytes` is from.
+        seconds: for all of a body, or for each part of one that is streamed.
+    """
+
+    nbytes: int
+    setting: str
+    seconds: float
+    streamed: bool = False
+
+    def deadline(self, begun: float, seen: int, now: float) -> float:
+        """Until when the next part must have come, on the event loop's clock."""
+        if not self.streamed:
+            return begun + self.seconds
+        return min(now + self.seconds, begun + self.seconds + seen / _SLOWEST)
+
+    def too_slow(self) -> SlowRequestError:
+        """For a body that is late."""
+        if self.streamed:
+            return SlowRequestError(
+                f"The body stood still for {self.seconds:g} s (body_seconds), or came more slowly than "
+                f"{_SLOWEST} bytes/s; go on where it ended."
+            )
+        return SlowRequestError(f"The body did not arrive within {self.seconds:g} s (body_seconds).")
+
+    def too_large(self) -> BodyTooLargeError:
+        """For a body beyond the limit."""
+        return BodyTooLargeError(
+            f"The body is larger than {self.nbytes} bytes ({self.setting}); send less at once."
+        )
+
+    def refusal(self, announced: str) -> TwinserveError | None:
+        """What is wrong with a Content-Length, if anything."""
         if not (announced.isascii() and announced.isdigit()):
             return InvalidRequestError("Content-Length must be a whole number of bytes.")
         # Compared by digits first: int() of a very long string is refused by Python itself.
-        too_long = len(announced.lstrip("0")) > 18 or int(announced) > self._max_bytes
-        return self._too_large() if too_long else None
-
-    def _too_large(self) -> BodyTooLargeError:
-        return BodyTooLargeError(
-            f"The body is larger than {self._max_bytes} bytes (max_body_bytes); send less at once."
-        )
+        too_long = len(announced.lstrip("0")) > 18 or int(announced) > self.nbytes
+        return self.too_large() if too_long else None

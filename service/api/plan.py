@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from service.api.backend import Backend
 from service.api.bounds import at_most, check_bounds, check_words
-from service.api.naming import choose_routing
+from service.api.naming import Naming
 from service.api.wire.sampling import SamplingBody
 from service.core import Constraint, GenerationRequest, RoutingChoice, SamplingParams
 from service.errors import ContextLengthError
@@ -99,8 +99,8 @@ def _of_choice(sampling: SamplingParams, choice: int) -> SamplingParams:
     return replace(sampling, seed=seed, prompt_logprobs=None)
 
 
-def check(
-    body: SamplingBody, prompts: int, budget: Budget, backend: Backend, settings: Settings
+async def check(
+    body: SamplingBody, prompts: int, budget: Budget, backend: Backend, settings: Settings, naming: Naming
 ) -> RoutingChoice:
     """Check everything that needs no token ids; nothing is encoded before that.
 
@@ -108,8 +108,9 @@ def check(
         body: the body.
         prompts: how many prompts it has.
         budget: the tokens it asks for.
-        backend: names and sizes of what is served.
+        backend: sizes of what is served.
         settings: the limits.
+        naming: finds what its names mean.
 
     Returns:
         Where the gates come from.
@@ -117,7 +118,7 @@ def check(
     Raises:
         TwinserveError: an unknown name, a contradiction, or a limit that the message names.
     """
-    routing = choose_routing(body.model, body.gates, body.routing, backend, settings.max_gate)
+    routing = await naming.choose(body.model, body.gates, body.routing)
     check_bounds(body, prompts, backend, settings)
     if budget.asked is not None:
         at_most(budget.asked, settings.max_tokens, budget.param, "max_tokens")

@@ -32,6 +32,13 @@ WITH_BODY = (
 )
 """What every route that reads a body may."""
 
+NAMING = (
+    errors.ExpertNotLoadedError,
+    errors.ExpertUnavailableError,
+    errors.RegistryUnavailableError,
+)
+"""What a route that names experts may, of those that are registered and not here."""
+
 _ENGINE = (
     errors.ModelNotFoundError,
     errors.UnknownExpertError,
@@ -39,7 +46,7 @@ _ENGINE = (
     errors.QueueFullError,
     errors.RequestFailedError,
     errors.EngineDeadError,
-    errors.ExpertUnavailableError,
+    *NAMING,
 )
 
 _OTHERS = {415: ("unsupported_media_type", "The body is not JSON, or the header does not say so.")}

@@ -6,7 +6,7 @@ from service.api.backend import Backend
 from service.api.bounds import at_most_items
 from service.api.generation import while_connected
 from service.api.headers import routing_headers
-from service.api.naming import choose_routing, named_by
+from service.api.naming import Naming, named_by
 from service.api.prompts import PromptEncoder
 from service.api.refusals import ROUTING
 from service.api.wire.answers import RouteAnswer, RouteChoice, RoutingAnswer
@@ -14,7 +14,9 @@ from service.api.wire.routing import RouteBody
 from service.settings import Settings
 
 
-def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder) -> None:
+def add_routes(
+    router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder, naming: Naming
+) -> None:
     """Put `POST /v1/route` on `router`."""
 
     async def encode(body: RouteBody) -> list[tuple[int, ...]]:
@@ -30,7 +32,7 @@ def add_routes(router: APIRouter, backend: Backend, settings: Settings, encoder:
     async def route(request: Request, body: RouteBody) -> Response:
         """Tell which experts would answer, with which weights and why."""
         model = body.model or backend.bundle_name
-        choice = choose_routing(model, None, body.routing, backend, settings.max_gate)
+        choice = await naming.choose(model, None, body.routing)
         param = "messages" if body.prompt is None else "prompt"
         at_most_items(len(body.prompt or body.messages or ()), settings.max_prompts, param, "max_prompts")
         prompts = await encode(body)

@@ -5,9 +5,9 @@ from fastapi import APIRouter, Response
 from service.api.backend import Backend
 from service.api.bounds import at_most_items
 from service.api.chat import rendering
-from service.api.naming import choose_routing
+from service.api.naming import Naming
 from service.api.prompts import PromptEncoder
-from service.api.refusals import refusals
+from service.api.refusals import NAMING, refusals
 from service.api.tokens import TokenTexts
 from service.api.wire.tokenize import (
     DetokenizeAnswer,
@@ -19,22 +19,27 @@ from service.api.wire.tokenize import (
 from service.errors import ModelNotFoundError
 from service.settings import Settings
 
-_REFUSALS = refusals(ModelNotFoundError)
+_REFUSALS = refusals(ModelNotFoundError, *NAMING)
 
 
 def add_routes(
-    router: APIRouter, backend: Backend, settings: Settings, encoder: PromptEncoder, texts: TokenTexts
+    router: APIRouter,
+    backend: Backend,
+    settings: Settings,
+    encoder: PromptEncoder,
+    texts: TokenTexts,
+    naming: Naming,
 ) -> None:
     """Put `POST /tokenize` and `POST /detokenize` on `router`."""
 
-    def check(model: str | None) -> None:
+    async def check(model: str | None) -> None:
         if model is not None:
-            choose_routing(model, None, None, backend, settings.max_gate)
+            await naming.choose(model)
 
     @router.post("/tokenize", response_model=TokenizeAnswer, responses=_REFUSALS)
     async def tokenize(body: TokenizeBody) -> Response:
         """Encode a text or a chat of any length, as a generating endpoint would."""
-        check(body.model)
+        await check(body.model)
         if body.messages is not None:
             at_most_items(len(body.messages), settings.max_messages, "messages", "max_messages")
             how = rendering(body, special=body.special)
@@ -55,6 +60,6 @@ def add_routes(
     @router.post("/detokenize", response_model=DetokenizeAnswer, responses=_REFUSALS)
     async def detokenize(body: DetokenizeBody) -> Response:
         """Decode token ids; the text of whole characters comes back as it was encoded."""
-        check(body.model)
+        await check(body.model)
         text = await encoder.text(body.tokens, "tokens")
         return Response(DetokenizeAnswer(prompt=text, content=text).dump(), media_type="application/json")

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Many
 
 from torch import Tensor
 
+from experts.bundle import ExpertWeights
 from experts.routing import FeatureSpec
 from service.core import (
     EngineGauges,
@@ -19,6 +20,7 @@ from service.core import (
     StepStats,
     TextDelta,
 )
+from service.engine.change import PreparedChange
 from service.engine.intake import Intake
 from service.engine.live import Live, Question
 from service.engine.parts import EngineParts
@@ -26,6 +28,7 @@ from service.engine.roster import Roster, StepResult
 from service.engine.runner import Conclusion, PooledRows, PromptRows, Step, run_step
 from service.engine.sampling.logprobs import prompt_logprobs
 from service.engine.sampling.sample import Chosen, sample
+from service.engine.trials import Trial
 from service.errors import TwinserveError, as_request_error
 from service.gating.resident import ResidentExpert
 
@@ -91,20 +94,34 @@ class Engine:
         if live is not None:
             self._finish(live, "cancelled", None, result)
 
-    def publish(self, expert: ResidentExpert) -> None:
-        """A new generation becomes current; running requests keep theirs."""
-        # The one that it replaces goes first: its slot may be the only one.
-        self._roster.free(self.dispatcher.catalogue.publish(expert.key))
-        try:
-            self.residency.publish(expert)
-        except BaseException:
-            # Without its factors it must not be named; what it replaced is gone.
-            self._roster.free(self.dispatcher.catalogue.retire(expert.key.name))
-            raise
+    def apply(self, change: PreparedChange) -> None:
+        """Experts, router and trials change together; running requests keep the generations that they have.
 
-    def retire(self, name: str) -> None:
-        """No new request gets the expert."""
-        self._roster.free(self.dispatcher.catalogue.retire(name))
+        If it raises, nothing has changed.
+        """
+        catalogue = self.dispatcher.catalogue
+        self._make_room(change)
+        self._place(change.residents)
+        trials = [trial.key for trial in change.trials.all if self._has(trial, change)]
+        freed = catalogue.switch(change.publish, change.retire, trials)
+        self.dispatcher.direct(change.router, change.trials)
+        held = catalogue.held()
+        for weights in change.weights:
+            if held.get(ExpertKey(weights.name, weights.generation)) == "trial":
+                self.residency.loader.keep(weights)
+        for key in change.publish:
+            self.residency.loader.discard(key)
+        self._roster.free(freed)
+
+    def stage(self, expert: ResidentExpert, weights: ExpertWeights) -> None:
+        """Keep a generation for requests that name it."""
+        self._place([expert])
+        self.residency.loader.keep(weights)
+        self.dispatcher.catalogue.stage(expert.key)
+
+    def unstage(self, key: ExpertKey) -> None:
+        """Keep it no more, unless it is current, tried out or used."""
+        self._roster.free(self.dispatcher.catalogue.unstage(key))
 
     def release(self, pattern: Pattern) -> None:
         """Give back a lease that no request took over."""
@@ -144,12 +161,47 @@ class Engine:
             prefix_hits=kv.hits,
             experts_registered=len(self.dispatcher.catalogue.current()),
             experts_resident=self.model.bank.resident_count,
+            experts_staged=sum(reach != "active" for reach in self.dispatcher.catalogue.held().values()),
+            router=self.dispatcher.baseline,
             expert_loads=residency.loads,
             expert_evictions=residency.evictions,
             expert_hits=residency.hits,
             expert_misses=residency.misses,
             merged_bytes=self.merged.stats.nbytes if self.merged is not None else 0,
             alive=alive,
+        )
+
+    # -- change -------------------------------------------------------------------------------------
+
+    def _make_room(self, change: PreparedChange) -> None:
+        """Slots of generations that the change ends: theirs may be the only ones for those that come."""
+        if not (self.residency.pool.limited and change.residents):
+            return
+        catalogue = self.dispatcher.catalogue
+        names = {key.name for key in change.publish}.union(change.retire)
+        leases = catalogue.leases()
+        for name, key in catalogue.current().items():
+            if name in names and key not in change.publish and not leases.get(key):
+                self.residency.vacate(key)
+
+    def _place(self, experts: Many[ResidentExpert]) -> None:
+        """Give experts their slots, all or none."""
+        placed: list[ExpertKey] = []
+        try:
+            for expert in experts:
+                placed.append(expert.key)
+                self.residency.publish(expert)
+        except BaseException:
+            known = self.dispatcher.catalogue.leases()
+            self._roster.free(key for key in placed if key not in known)
+            raise
+
+    def _has(self, trial: Trial, change: PreparedChange) -> bool:
+        """Whether requests can be answered with a trial's generation; a shadow's may be nowhere at all."""
+        return (
+            trial.kind == "canary"
+            or trial.key in self.dispatcher.catalogue.leases()
+            or any(trial.key == expert.key for expert in change.residents)
         )
 
     # -- plan ---------------------------------------------------------------------------------------
@@ -176,7 +228,14 @@ class Engine:
             live = self._roster.of(chunk.sequence)
             live.times.admitted = live.times.admitted or now
         reads = [tuple(self._router_reads(item)) for item in routed]
-        return Step(plan, routed, reads, self._intake.decide, self.dispatcher.settles)
+        return Step(plan, routed, reads, self._intake.decide, self._settles)
+
+    def _settles(self, items: Many[Live | Question], features: Tensor) -> list[bool]:
+        """Questions want all features, whatever the router says of them, and so do other routers than the current."""
+        own = [isinstance(item, Live) and self.dispatcher.trials.of(item.lot) is None for item in items]
+        if not any(own):
+            return own
+        return [mine and done for mine, done in zip(own, self.dispatcher.settles(features), strict=True)]
 
     def _router_reads(self, item: Live | Question) -> Many[int]:
         ids = item.ids if isinstance(item, Question) else item.request.prompt_ids
@@ -313,6 +372,7 @@ class Engine:
             rebuilt=conclusion.rebuilt,
             preemptions=len(step.plan.preempted),
             inter_token_seconds=tuple(result.gaps),
+            routes=self.dispatcher.taken(),
             routed_requests=sum(isinstance(item, Live) for item in step.routed),
             route_seconds=seconds if step.routed else 0.0,
         )

@@ -75,7 +75,7 @@ class Intake:
                 raise features
             # What is pooled is compared with other pools and never rated: nothing is tried out on it.
             pattern, outcome = self._parts.dispatcher.route(
-                _required(features), item.request.routing, explore=item.pool is None
+                _required(features), item.request.routing, explore=item.pool is None, request_id=item.lot
             )
         except Exception as error:  # noqa: BLE001 a fault in one request must not reach the others
             self.fail(item, error, result)
@@ -87,7 +87,9 @@ class Intake:
         """The gates of a sequence that is in the middle of its own prefill; asked again, the same."""
         live = self._roster.of(sequence)
         if live.pattern is None:
-            live.pattern, live.outcome = self._parts.dispatcher.route(features, live.request.routing)
+            live.pattern, live.outcome = self._parts.dispatcher.route(
+                features, live.request.routing, request_id=live.lot
+            )
             live.times.routed = time.monotonic()
         return live.pattern
 

@@ -53,6 +53,11 @@ class Live:
         return self.request.id
 
     @property
+    def lot(self) -> str:
+        """The id that decides which trial it belongs to: parallel choices go together."""
+        return self.request.leader or self.request.id
+
+    @property
     def was_routed(self) -> bool:
         """The router chose its gates."""
         return self.request.routing.gates is None
@@ -93,6 +98,8 @@ class Live:
             total_seconds=now - times.arrived,
             gates=dict(self.outcome.gates) if self.outcome else {},
             abstained=self.outcome is not None and self.outcome.abstained,
+            generations=dict(self.outcome.generations) if self.outcome else {},
+            trial=self.outcome.trial if self.outcome else None,
             leads=self.request.leader is None,
             origin=self.request.origin,
         )

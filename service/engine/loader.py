@@ -9,8 +9,9 @@ from typing import Protocol
 
 import torch
 
-from experts.bundle import ExpertLoader, ExpertWeights
+from experts.bundle import ExpertWeights
 from service.core import ExpertKey
+from service.engine.background import background_thread
 from service.engine.host_cache import HostCache, copied
 from service.errors import ExpertUnavailableError
 from service.gating.resident import ResidentExpert
@@ -27,14 +28,22 @@ class ExpertSource(Protocol):
         """Exactly that generation; called on the executor. Raises whatever it likes if it cannot be had."""
 
 
-class BundleSource:
-    """The experts of a bundle on disk."""
+class Generations(Protocol):
+    """What reads experts by name and number, as `ExpertLoader` does."""
 
-    def __init__(self, loader: ExpertLoader) -> None:
+    def load(self, name: str, generation: int) -> ExpertWeights:
+        """Exactly that generation. Raises ExpertsError if it cannot be had."""
+        ...
+
+
+class BundleSource:
+    """The experts of a bundle on disk, or of a catalogue."""
+
+    def __init__(self, loader: Generations) -> None:
         self._loader = loader
 
     def load(self, key: ExpertKey) -> ExpertWeights:
-        """Read one generation. Raises BundleError."""
+        """Read one generation. Raises ExpertsError."""
         return self._loader.load(key.name, key.generation)
 
 
@@ -79,8 +88,8 @@ class _Failure:
 
 
 def loader_thread() -> ThreadPoolExecutor:
-    """The one thread for loading, limited to one torch thread: see `open_runtime` on OpenMP pools."""
-    return ThreadPoolExecutor(1, "twinserve-loader", torch.set_num_threads, (1,))
+    """The one thread for loading; it gives way to the engine's."""
+    return background_thread("twinserve-loader")
 
 
 class Loader:
@@ -115,6 +124,7 @@ class Loader:
         self._clock = clock
         self._loading: dict[ExpertKey, Future[Loaded]] = {}
         self._failures: dict[ExpertKey, _Failure] = {}
+        self._kept: dict[ExpertKey, ExpertWeights] = {}
 
     def __len__(self) -> int:
         return len(self._loading)
@@ -124,7 +134,7 @@ class Loader:
 
     def start(self, key: ExpertKey) -> None:
         """Begin to load an expert."""
-        future = self._executor.submit(self._load, key, self._host.get(key))
+        future = self._executor.submit(self._load, key, self._host.get(key), self._kept.get(key))
         self._loading[key] = future
         future.add_done_callback(lambda _: self.on_loaded())
 
@@ -166,21 +176,30 @@ class Loader:
         if future is not None:
             future.cancel()
 
+    def keep(self, weights: ExpertWeights) -> None:
+        """Load this generation from here: the source does not know it, or not yet."""
+        self._kept[ExpertKey(weights.name, weights.generation)] = weights
+
+    def discard(self, key: ExpertKey) -> None:
+        """From now on the source has the generation."""
+        self._kept.pop(key, None)
+
     def forget(self, key: ExpertKey) -> None:
         """The generation exists no more."""
         self.abandon(key)
+        self.discard(key)
         self._host.forget(key)
 
-    def _load(self, key: ExpertKey, copy: ResidentExpert | None) -> Loaded:
+    def _load(self, key: ExpertKey, copy: ResidentExpert | None, kept: ExpertWeights | None) -> Loaded:
         """On the executor."""
         started = time.monotonic()
         if copy is not None:
             return Loaded(copied(copy, self._bank.device), None, time.monotonic() - started)
-        expert = self._bank.prepare(self._source.load(key))
+        expert = self._bank.prepare(self._source.load(key) if kept is None else kept)
         if expert.key != key:
             raise LookupError(f"asked for {key}, got {expert.key}")
-        kept = copied(expert, torch.device("cpu")) if expert.nbytes <= self._host.max_bytes else None
-        return Loaded(expert, kept, time.monotonic() - started)
+        spare = copied(expert, torch.device("cpu")) if expert.nbytes <= self._host.max_bytes else None
+        return Loaded(expert, spare, time.monotonic() - started)
 
     def _fail(self, key: ExpertKey) -> None:
         earlier = self._failures.get(key)

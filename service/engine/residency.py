@@ -167,6 +167,12 @@ class Residency:
         self._bank.add(expert)
         return True
 
+    def vacate(self, key: ExpertKey) -> None:
+        """Free a generation's slot at once; it is loaded again if somebody wants it."""
+        if key in self.pool:
+            self.pool.remove(key)
+            self._bank.remove(key)
+
     def forget(self, key: ExpertKey) -> None:
         """The generation exists no more and nobody uses it: free its slot and all that is kept of it."""
         self.loader.forget(key)

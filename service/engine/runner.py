@@ -24,6 +24,9 @@ _SHARED = Pattern()
 Decide = Callable[[Sequence, Tensor], Pattern]
 """The gates of a single-pass sequence, given its features (d,) float32; the same when asked again."""
 
+Settles = Callable[[list[Live | Question], Tensor], list[bool]]
+"""For which router inputs their features (n, d) float32 of the first tap are enough."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -40,7 +43,7 @@ class Step:
     routed: list[Live | Question] = field(default_factory=list)
     routed_ids: list[tuple[int, ...]] = field(default_factory=list)
     decide: Decide | None = None
-    settle: Settle | None = None
+    settle: Settles | None = None
 
     @property
     def participants(self) -> int:
@@ -263,11 +266,11 @@ def _run(
 
 
 def _for_gates(step: Step) -> Settle | None:
-    """The step's `settle` for requests; questions want all features, whatever the router says of them."""
-    settle, asked = step.settle, [isinstance(item, Live) for item in step.routed]
-    if settle is None or not any(asked):
+    """The step's `settle` where somebody may need no more; questions always do."""
+    settle, routed = step.settle, step.routed
+    if settle is None or not any(isinstance(item, Live) for item in routed):
         return None
-    return lambda features: [wanted and done for wanted, done in zip(asked, settle(features), strict=True)]
+    return lambda features: settle(routed, features)
 
 
 def _failure(step: Step, error: Exception) -> Conclusion:

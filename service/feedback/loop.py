@@ -221,6 +221,17 @@ class Feedback:
             )
         return Applied(True, after.version, decision.explored, changes)
 
+    def begin_anew(self, router: Router | None) -> None:
+        """Other states are read from now on, by another router: what was learnt of the old ones means nothing.
+
+        Answers of before cannot be rated any more.
+        """
+        self._bandit = self._bandit.cleared()
+        self._context = _context_of(router, self._options.spec)
+        self._seen = []
+        self._memory = Memory(self._options.remembered, self._options.seconds)
+        self._names = frozenset(router.names if router is not None else ())
+
     def retain(self, names: Collection[str]) -> None:
         """These experts are there from now on; what was learnt of others is dropped."""
         self._names = frozenset(names)
@@ -299,10 +310,14 @@ def open_feedback(
     Raises:
         OSError: the folder cannot be made or read.
     """
-    spec = options.spec
-    mean, std = getattr(router, "mean", None), getattr(router, "std", None)
-    context = None
-    if isinstance(mean, Tensor) and isinstance(std, Tensor) and mean.dim() == 1 and mean.shape == std.shape:
-        context = ContextMap.make(mean.float().numpy(), std.float().numpy(), spec.dims, spec.seed)
+    context = _context_of(router, options.spec)
     names = router.names if router is not None else ()
     return Feedback(options, Snapshots(options.folder), stats, names=names, context=context)
+
+
+def _context_of(router: Router | None, spec: BanditSpec) -> ContextMap | None:
+    """None for a router that does not say how its features are distributed."""
+    mean, std = getattr(router, "mean", None), getattr(router, "std", None)
+    if isinstance(mean, Tensor) and isinstance(std, Tensor) and mean.dim() == 1 and mean.shape == std.shape:
+        return ContextMap.make(mean.float().numpy(), std.float().numpy(), spec.dims, spec.seed)
+    return None

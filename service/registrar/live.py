@@ -1,36 +1,38 @@
-"""What the registrar needs of the runtime; `service.runtime.Runtime` fits it."""
+"""What the registrar needs of the runtime; `service.runtime.RuntimeSwitch` fits it."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Protocol
 
 from experts.bundle import ExpertWeights
-from experts.routing import Router
-from service.core import ExpertStatus
+from service.core import ExpertKey, ExpertStatus
+from service.engine.change import LiveChange
+from service.registrar.work.live import Stage
 
 
 class LiveExperts(Protocol):
     """The runtime as the registrar sees it."""
 
     @property
-    def tokenizer(self) -> Any:
-        """The shared folder's tokenizer."""
+    def bundle_name(self) -> str:
+        """By which clients ask for routed answers."""
         ...
 
     def experts(self) -> Sequence[ExpertStatus]:
-        """Every generation in memory."""
+        """Every generation in memory, or that can be loaded."""
         ...
 
-    async def features(self, prompts: Sequence[tuple[int, ...]]) -> npt.NDArray[np.float32]:
-        """What the router sees of each prompt, (n, d)."""
+    async def apply(self, change: LiveChange, /) -> None:
+        """Make a change between two steps, all of it or nothing."""
         ...
 
-    async def publish(self, expert: ExpertWeights, router: Router | None) -> None:
-        """Serve a generation from the next step on."""
+    async def stage(self, weights: ExpertWeights, /) -> None:
+        """Hold a generation for requests that name it by its number. Raises ExpertRejectedError."""
         ...
 
-    async def retire(self, name: str, router: Router | None) -> None:
-        """Serve an expert no more; running requests keep it."""
+    async def unstage(self, key: ExpertKey, /) -> None:
+        """Hold it no more for that; one that is current by now stays."""
         ...
+
+
+class LiveRuntime(LiveExperts, Stage, Protocol):
+    """The runtime as follower and supervisor see it together."""

@@ -5,10 +5,21 @@ batched, once a step. A request ends with exactly one terminal event, whatever h
 engine and the scheduler; start at `runtime.py`.
 """
 
+from service.engine.change import LiveChange, LiveTrial
 from service.runtime.config import RuntimeConfig
 from service.runtime.generation import Generation
 from service.runtime.opening import open_runtime
 from service.runtime.runtime import Runtime
+from service.runtime.switch import RuntimeSwitch
 from service.runtime.thread import StatsSink
 
-__all__ = ["Generation", "Runtime", "RuntimeConfig", "StatsSink", "open_runtime"]
+__all__ = [
+    "Generation",
+    "LiveChange",
+    "LiveTrial",
+    "Runtime",
+    "RuntimeConfig",
+    "RuntimeSwitch",
+    "StatsSink",
+    "open_runtime",
+]

@@ -19,6 +19,7 @@ from service.core import (
     Constraint,
     EngineGauges,
     Event,
+    ExpertKey,
     ExpertStatus,
     Failed,
     Finished,
@@ -26,6 +27,8 @@ from service.core import (
     RoutingChoice,
     RoutingOutcome,
 )
+from service.engine.background import background_thread
+from service.engine.change import LiveChange, key_of, prepare
 from service.engine.engine import Engine
 from service.engine.live import Question
 from service.engine.roster import StepResult
@@ -33,14 +36,13 @@ from service.errors import (
     ConflictError,
     ContextLengthError,
     EngineDeadError,
-    ExpertNotFoundError,
+    ExpertRejectedError,
     InvalidRequestError,
     QueueFullError,
     ShuttingDownError,
     TwinserveError,
 )
 from service.feedback import Feedback
-from service.gating.resident import ResidentExpert
 from service.grammar import Grammar, Grammars
 from service.runtime.config import RuntimeConfig
 from service.runtime.generation import Generation
@@ -70,6 +72,7 @@ class Runtime:
         self.state_size = engine.model.width
         self.max_context = engine.model.options.max_tokens
         self.max_batch = config.engine.limits.max_running
+        self._device = engine.model.device
         self._served: Engine | None = engine
         self._last: EngineGauges | None = None
         self._beside = beside
@@ -78,6 +81,8 @@ class Runtime:
         self._generations: dict[str, Generation] = {}
         self._asked = 0
         self._draining = False
+        self._changing = asyncio.Lock()
+        self._preparing = background_thread("twinserve-preparing")
         self._feedback: Feedback | None = None
         self._grammars = Grammars(tokenizer, self.vocab_size, sorted(engine.end_ids), config.grammars)
         self._grammars.prepare()
@@ -189,10 +194,10 @@ class Runtime:
         return frozenset(self._engine.dispatcher.catalogue.current())
 
     def experts(self) -> list[ExpertStatus]:
-        """Every current expert, and older generations that requests still use; by name, newest first."""
+        """Every generation that is current, tried out, staged or still used; by name, newest first."""
         dispatcher, residency = self._engine.dispatcher, self._engine.residency
         bank = self._engine.model.bank
-        current = set(dispatcher.catalogue.current().values())
+        held = dispatcher.catalogue.held()
         routed = set(dispatcher.router.names) if dispatcher.router is not None else set[str]()
         found = []
         for key, leases in dispatcher.catalogue.leases().items():
@@ -201,8 +206,8 @@ class Runtime:
                 ExpertStatus(
                     name=key.name,
                     generation=key.generation,
-                    state="active" if key in current else "retired",
-                    routed=key in current and key.name in routed,
+                    state=held.get(key, "retired"),
+                    routed=held.get(key) == "active" and key.name in routed,
                     leases=leases,
                     nbytes=resident.nbytes if resident else residency.pool.size(key),
                     resident=resident is not None,
@@ -211,42 +216,61 @@ class Runtime:
             )
         return sorted(found, key=lambda status: (status.name, -status.generation))
 
-    async def publish(self, expert: ExpertWeights, router: Router | None) -> None:
-        """Put a generation live between two steps, together with the router that knows it.
+    async def apply(self, change: LiveChange) -> None:
+        """Switch experts, router and trials together, between two steps; requests keep what they have.
+
+        If it raises, nothing has changed.
 
         Raises:
-            ExpertRejectedError: the expert does not fit the model; nothing has changed then.
+            ExpertRejectedError: an expert does not fit the model, or the router reads what the model does not give.
+            EngineDeadError: the runtime has ended.
+            ValueError: a generation is neither given nor in memory, or the trials' shares exceed 100 %.
         """
-        resident = await asyncio.to_thread(self._prepare, expert)
+        async with self._changing:
+            engine = self._engine
+            self._check_spec(change.router, *(trial.router for trial in change.trials))
+            held, lazy = engine.dispatcher.catalogue.held(), engine.residency.pool.limited
+            prepared = await self._prepare(lambda: prepare(change, engine.model.bank, held, lazy=lazy))
+            await self._call(lambda _: engine.apply(prepared))
+            self._known_to_feedback()
 
-        def switch(_: StepResult) -> None:
-            self._engine.publish(resident)
-            self._engine.dispatcher.router = router
-
-        await self._call(switch)
-        self._known_to_feedback()
-
-    async def retire(self, name: str, router: Router | None) -> None:
-        """Stop giving the expert to new requests; running ones keep it.
+    async def stage(self, expert: ExpertWeights) -> None:
+        """Have a generation in memory for requests that name it, by `RoutingChoice.generations`; nobody else gets it.
 
         Raises:
-            ExpertNotFoundError: no such expert.
+            ExpertRejectedError: it does not fit the model; nothing has changed then.
+            EngineDeadError: the runtime has ended.
         """
-        if name not in self._engine.dispatcher.catalogue.current():
-            raise ExpertNotFoundError(f"no expert named {name!r}", param="name")
+        async with self._changing:
+            engine, key = self._engine, key_of(expert)
+            if key in engine.dispatcher.catalogue.held():
+                # Its factors are here; now it stays whatever becomes of its trial.
+                await self._call(lambda _: engine.dispatcher.catalogue.stage(key))
+                return
+            resident = await self._prepare(lambda: engine.model.bank.prepare(expert))
+            await self._call(lambda _: engine.stage(resident, expert))
 
-        def switch(_: StepResult) -> None:
-            self._engine.retire(name)
-            self._engine.dispatcher.router = router
+    async def unstage(self, key: ExpertKey) -> None:
+        """Keep a generation no more for being staged; one that is published meanwhile, or used, stays.
 
-        await self._call(switch)
-        self._known_to_feedback()
+        Raises:
+            EngineDeadError: the runtime has ended.
+        """
+        async with self._changing:
+            engine = self._engine
+            await self._call(lambda _: engine.unstage(key))
 
     def use_feedback(self, feedback: Feedback) -> None:
         """Let it adjust the router from now on; it is told of routed answers and of experts that come and go."""
         self._feedback = feedback
         self._engine.dispatcher.adjuster = feedback
         self._known_to_feedback()
+
+    def leave_feedback(self) -> None:
+        """It adjusts another runtime from now on; what this one still answers cannot be rated."""
+        self._feedback = None
+        if self._served is not None:
+            self._served.dispatcher.adjuster = None
 
     def _known_to_feedback(self) -> None:
         router = self._engine.dispatcher.router
@@ -266,6 +290,29 @@ class Runtime:
         return self._thread.failure
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._device
+
+    @property
+    def nbytes(self) -> int:
+        """About what all of it takes: weights, twice where packed copies are used, KV cache, experts."""
+        model, merged = self._engine.model, self._engine.merged
+        weights = sum(parameter.nbytes for parameter in model.model.parameters())
+        copies = 2 if model.native is not None or model.bank.packed else 1
+        experts = self._engine.residency.pool.used_bytes
+        return copies * weights + model.cache.nbytes + experts + (merged.stats.nbytes if merged else 0)
+
+    @property
+    def router(self) -> Router | None:
+        """The current one."""
+        return self._engine.dispatcher.router
+
+    def running(self, request_id: str) -> bool:
+        """A request of that id has not ended."""
+        return request_id in self._generations
+
+    @property
     def ready(self) -> bool:
         """New requests are accepted."""
         return self.alive and not self._draining
@@ -281,7 +328,7 @@ class Runtime:
         """Refuse new requests, let running ones finish up to `timeout` seconds, then end them with an error."""
         self._draining = True
         deadline = time.monotonic() + timeout
-        while self._generations and self.alive and time.monotonic() < deadline:
+        while (self._generations or self._asked) and self.alive and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         if self._generations and self.alive:
             error = ShuttingDownError("the server stopped before the answer was complete", retry_after=1.0)
@@ -297,7 +344,7 @@ class Runtime:
         if self._feedback is not None:
             self._feedback.close()
         self._grammars.close()
-        for executor in self._beside:
+        for executor in (*self._beside, self._preparing):
             executor.shutdown(wait=False, cancel_futures=True)
         if self._served is not None:
             self._last = self._served.gauges(alive=False)
@@ -315,10 +362,19 @@ class Runtime:
             raise self._thread.dead()
         return served
 
-    def _prepare(self, expert: ExpertWeights) -> ResidentExpert:
-        """On a worker thread, with one torch thread: see `open_runtime`."""
-        torch.set_num_threads(1)
-        return self._engine.model.bank.prepare(expert)
+    async def _prepare(self, make: Callable[[], T]) -> T:
+        """Have something made on the thread that gives way to the engine's."""
+        return await asyncio.wrap_future(self._preparing.submit(make))
+
+    def _check_spec(self, *routers: Router | None) -> None:
+        """Raise ExpertRejectedError for a router that reads other states than this runtime's model gives."""
+        spec = self._engine.spec
+        for router in routers:
+            if router is not None and router.spec != spec:
+                raise ExpertRejectedError(
+                    "the router reads other states of the model than the one that this runtime was opened with; "
+                    "serve it by a new bundle"
+                )
 
     # -- event loop side ----------------------------------------------------------------------------
 

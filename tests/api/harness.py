@@ -24,11 +24,13 @@ class Served:
 
     Attributes:
         http: a client of its URL.
+        app: what it serves.
     """
 
     url: str
     runtime: Runtime
     http: httpx.Client
+    app: Any = None
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """POST JSON."""
@@ -61,12 +63,18 @@ class Served:
         raise AssertionError(f"no metric {name}")
 
 
+def state_of(bundle: Path) -> Path:
+    """Where the registry of a bundle's servers is: beside it, so that a copy of the bundle is without it."""
+    return bundle.with_name(f"{bundle.name}-registry")
+
+
 @contextlib.contextmanager
 def serving(bundle: Path, **options: Any) -> Iterator[Served]:
     """Serve a bundle until the block ends; it must then stop by itself."""
     # The mode is fixed: what a cost model decides differs from run to run, and answers tell it. The cache is small:
     # FastAPI keeps every route, and with it the server's memory, until the process ends.
     fixed = {"dtype": "float32", "threads": 1, "mix_mode": "factored", "kv_cache_bytes": 2**25}
+    fixed["state_dir"] = state_of(bundle)
     settings = Settings(bundle=bundle, port=0, **{**fixed, **options})
     ready = threading.Event()
     urls: list[str] = []
@@ -81,7 +89,7 @@ def serving(bundle: Path, **options: Any) -> Iterator[Served]:
     try:
         assert ready.wait(30), "the server did not start"
         with httpx.Client(base_url=urls[0], timeout=60) as client:
-            yield Served(urls[0], runtime, client)
+            yield Served(urls[0], runtime, client, server.config.app)
     finally:
         server.should_exit = True
         thread.join(30)

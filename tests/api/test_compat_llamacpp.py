@@ -430,7 +430,7 @@ def test_numbers_stay_when_experts_come_and_go(own: Served) -> None:
 
     def register(name: str) -> None:
         body = {"name": name, "path": "lora"}
-        assert own.post("/admin/experts", body, headers=ADMIN).status_code == 201
+        assert own.post("/admin/experts?wait=60", body, headers=ADMIN).status_code == 201
 
     def retire(name: str) -> None:
         assert own.http.delete(f"/admin/experts/{name}", headers=ADMIN).status_code == 200

@@ -7,7 +7,6 @@ from typing import Any
 import httpx
 import pytest
 
-from experts.bundle import Bundle
 from tests.api.harness import ADMIN_KEY, Served, error_of, serving
 from tests.fixtures.tiny import TinyFamily, tiny_family, tiny_lora, tiny_model
 
@@ -43,18 +42,23 @@ def unload(served: Served, **body: Any) -> httpx.Response:
     return served.post("/v1/unload_lora_adapter", body, headers=ADMIN)
 
 
+def experts(served: Served) -> set[str]:
+    """What operators are told of."""
+    return {one["name"] for one in served.http.get("/admin/experts", headers=ADMIN).json()["data"]}
+
+
 def text(served: Served, model: str) -> str:
     answer = served.complete(model=model, max_tokens=12, temperature=0, ignore_eos=True)
     return str(answer["choices"][0]["text"])
 
 
-def test_an_adapter_is_loaded_replaced_and_unloaded(served: Served, own: TinyFamily, root: Path) -> None:
+def test_an_adapter_is_loaded_replaced_and_unloaded(served: Served, root: Path) -> None:
     loaded = load(served, lora_name="sql", lora_path="one")
     assert loaded.status_code == 200, loaded.text
     assert loaded.text == "Success: LoRA adapter 'sql' added successfully."
     assert loaded.headers["content-type"].startswith("text/plain")
     assert "sql" in [model["id"] for model in served.http.get("/v1/models").json()["data"]]
-    assert "sql" in Bundle.open(own.bundle).expert_names()
+    assert "sql" in experts(served)
     first = text(served, "sql")
 
     again = load(served, lora_name="sql", lora_path="two")
@@ -72,7 +76,7 @@ def test_an_adapter_is_loaded_replaced_and_unloaded(served: Served, own: TinyFam
     assert gone.status_code == 200
     assert gone.text == "Success: LoRA adapter 'sql' removed successfully."
     assert served.post("/v1/completions", {"model": "sql", "prompt": "a"}).status_code == 404
-    assert "sql" not in Bundle.open(own.bundle).expert_names()
+    assert "sql" not in experts(served)
     missing = unload(served, lora_name="sql")
     assert missing.status_code == 404
     assert error_of(missing)["param"] == "lora_name"
@@ -81,6 +85,15 @@ def test_an_adapter_is_loaded_replaced_and_unloaded(served: Served, own: TinyFam
 def test_a_new_adapter_may_be_loaded_in_place(served: Served) -> None:
     assert load(served, lora_name="new", lora_path="one", load_inplace=True).status_code == 200
     assert unload(served, lora_name="new").status_code == 200
+
+
+def test_loading_is_a_job_of_the_operator_that_asked(served: Served) -> None:
+    assert load(served, lora_name="told", lora_path="one").status_code == 200
+    [job] = served.http.get("/admin/jobs", params={"name": "told"}, headers=ADMIN).json()["data"]
+    assert (job["kind"], job["state"]) == ("register", "succeeded")
+    entries = served.http.get("/admin/audit", params={"target": "told"}, headers=ADMIN).json()["data"]
+    assert "127.0.0.1" in {entry["address"] for entry in entries}
+    assert unload(served, lora_name="told").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from service.core import (
     TextDelta,
 )
 from service.engine.assembly import EngineOptions, assemble
+from service.engine.change import LiveChange, prepare
 from service.engine.merged import MixMode
 from service.engine.model import ModelOptions, NativeChoice
 from service.engine.roster import StepResult
@@ -149,6 +150,7 @@ class Harness:
     ) -> None:
         budget = budget or Budget(step_tokens=64, chunk_tokens=16)
         self.source = MemorySource()
+        self.router = router
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.engine = assemble(
             path,
@@ -178,22 +180,35 @@ class Harness:
         )
         self.model = self.engine.model
         self.catalogue = self.engine.dispatcher.catalogue
-        for expert in experts:
-            self.publish(expert)
+        if experts:
+            self.publish(*experts)
         self.events: dict[str, list[Event]] = {}
         self.stats: list[StepStats] = []
         self.steps = 0
 
-    def publish(self, expert: ExpertWeights) -> None:
-        """A generation goes live."""
-        self.source.experts[ExpertKey(expert.name, expert.generation)] = expert
-        self.engine.publish(self.model.bank.prepare(expert))
+    def publish(self, *experts: ExpertWeights) -> None:
+        """Generations go live together."""
+        self.source.experts.update({ExpertKey(it.name, it.generation): it for it in experts})
+        self.change(LiveChange(experts, router=self.router))
+
+    def retire(self, name: str) -> None:
+        """No new request gets the expert."""
+        self.change(LiveChange(retire=(name,), router=self.router))
+
+    def change(self, change: LiveChange) -> None:
+        """Experts, router and trials change together, as the runtime changes them."""
+        limited = self.engine.residency.pool.limited
+        self.engine.apply(prepare(change, self.model.bank, self.catalogue.held(), lazy=limited))
+
+    def stage(self, expert: ExpertWeights) -> None:
+        """A generation is there for those that name it."""
+        self.engine.stage(self.model.bank.prepare(expert), expert)
 
     def register(self, expert: ExpertWeights) -> None:
         """A generation goes live without a look at it: it is loaded when it is wanted."""
         key = ExpertKey(expert.name, expert.generation)
         self.source.experts[key] = expert
-        self.catalogue.publish(key)
+        self.catalogue.switch([key])
 
     def submit(
         self,
@@ -201,10 +216,12 @@ class Harness:
         prompt: Sequence[int],
         gates: Mapping[str, float] | None = None,
         sampling: SamplingParams = GREEDY,
+        generations: Mapping[str, int] | None = None,
         **more: Any,
     ) -> None:
         """Queue a request; gates of None ask the router."""
-        request = GenerationRequest(request_id, tuple(prompt), sampling, RoutingChoice(gates=gates), **more)
+        choice = RoutingChoice(gates=gates, generations=generations or {})
+        request = GenerationRequest(request_id, tuple(prompt), sampling, choice, **more)
         fixed = self.engine.dispatcher.fixed(request.routing) if gates is not None else None
         result = StepResult()
         self.events[request_id] = []
@@ -278,7 +295,7 @@ class Harness:
         assert not self.engine.scheduler.running
         assert not self.engine.scheduler.waiting
         assert all(count == 0 for count in self.catalogue.leases().values())
-        assert set(self.catalogue.leases()) == set(self.catalogue.current().values())
+        assert set(self.catalogue.leases()) == set(self.catalogue.held())
         roster, intake = self.engine._roster, self.engine._intake
         assert not (roster._live)
         assert not (roster._by_sequence)
@@ -288,7 +305,7 @@ class Harness:
         assert not (self.engine.scheduler._deadlines)
         assert not (self.engine.residency._staged)
         assert not (self.engine.residency.loading)
-        resident = {key for key in self.catalogue.current().values() if self.model.bank.resident(key)}
+        resident = {key for key in self.catalogue.held() if self.model.bank.resident(key)}
         assert self.model.bank.resident_count == len(resident) == len(self.engine.residency.pool)
 
     def _collect(self, result: StepResult) -> None:

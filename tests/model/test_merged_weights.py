@@ -135,8 +135,8 @@ def test_weights_of_a_replaced_generation_are_dropped_and_never_used(llama, plai
     assert harness.tokens("holding") == harness.tokens("old") == _expected(llama, experts, {"e0": 1.0})
     assert _ask(harness, "new", {"e0": 1.0}) == "merged"
     assert harness.tokens("new") == _expected(llama, [second], {"e0": 1.0})
-    harness.engine.retire("e0")
-    harness.engine.retire("e1")
+    harness.retire("e0")
+    harness.retire("e1")
     assert merged.stats.nbytes == 0
     harness.assert_idle()
 

@@ -15,6 +15,7 @@ from experts.inspection import bundle_facts, bundle_table
 from experts.registry import describe_source, prepare_expert, profile_prompts, refit_router
 from experts.routing import FeatureSpec, extract_features, load_prompts, render_prompts, select_gates
 from service.core import SamplingParams
+from tests.fixtures.bundles import with_expert, with_router
 from tests.fixtures.nearest import NearestCentroid, install
 from tests.fixtures.tiny import TinyFamily, tiny_family, tiny_lora, tiny_prompts
 from tests.model.harness import Harness, materialised, reference
@@ -47,10 +48,7 @@ def bundle(installed: None, family: TinyFamily) -> Bundle:
         name: extract_features(plain, render_prompts(tokenizer, _prompts(family, name)), SPEC)
         for name in bundle.expert_names()
     }
-    # A new generation of alpha, so that the router goes the way that every router goes.
-    again = prepare_expert(bundle, "alpha", family.fine_tunes["alpha"])
-    source = describe_source(family.fine_tunes["alpha"])
-    return bundle.publish_expert(again, "alpha", NearestCentroid.fit(training, SPEC), 1, source)
+    return with_router(bundle, NearestCentroid.fit(training, SPEC))
 
 
 def test_the_engine_routes_by_it_and_generates_with_its_gates(bundle, family):
@@ -80,15 +78,14 @@ def test_the_engine_routes_by_it_and_generates_with_its_gates(bundle, family):
 def test_an_expert_joins_through_a_refit_of_its_kind(bundle, family, tmp_path):
     folder = tiny_lora(tmp_path / "lora", family.base, rank=2, seed=9)
     prompts = [line.prompt for line in load_prompts(tiny_prompts(tmp_path / "gamma.jsonl", "gamma"))]
-    features, forms = profile_prompts(bundle, prompts)
-    router = refit_router(bundle, "gamma", features, forms=forms)
+    features, forms = profile_prompts(bundle, bundle.router(), prompts)
+    router = refit_router(bundle.router(), "gamma", features, forms=forms)
     assert isinstance(router, NearestCentroid)
-    joined = bundle.publish_expert(
-        prepare_expert(bundle, "gamma", folder), "gamma", router, None, describe_source(folder)
-    )
+    compressed = prepare_expert(bundle, "gamma", folder)
+    joined = with_router(with_expert(bundle, "gamma", compressed, describe_source(folder)), router)
     assert joined.router().names == ("alpha", "beta", "gamma")
     assert joined.router().probabilities(features).argmax(1).float().mean() > 1.9
-    assert joined.retire_expert("gamma").router().names == ("alpha", "beta")
+    assert joined.router().without("gamma").names == ("alpha", "beta")
 
 
 def test_inspection_tells_what_it_tells_of_itself(bundle):

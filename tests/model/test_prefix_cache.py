@@ -110,13 +110,13 @@ def test_a_generation_that_is_gone_leaves_nothing_behind(llama):
     _ask(harness, "other", prompt_ids(1, 40, VOCABULARY), {"e1": 1.0})
     kv = harness.engine.scheduler.kv
     cached = kv.cached_blocks
-    harness.engine.retire("e0")
+    harness.retire("e0")
     assert kv.cached_blocks == cached // 2
     # The same generation, published again: what was forgotten is not found.
     harness.publish(experts[0])
     assert _ask(harness, "back", prompt_ids(1, 40, VOCABULARY), {"e0": 1.0}) == 0
-    harness.engine.retire("e0")
-    harness.engine.retire("e1")
+    harness.retire("e0")
+    harness.retire("e1")
     assert kv.cached_blocks == 0
     harness.assert_idle()
 

@@ -19,13 +19,12 @@ from service.errors import (
     ContextLengthError,
     DeadlineExceededError,
     EngineDeadError,
-    ExpertNotFoundError,
     InvalidRequestError,
     QueueFullError,
     ShuttingDownError,
     UnknownExpertError,
 )
-from service.runtime import Runtime, RuntimeConfig, open_runtime
+from service.runtime import LiveChange, Runtime, RuntimeConfig, open_runtime
 from service.scheduler.policy import Limits
 from tests.fixtures.tiny import VOCABULARY, tiny_family
 from tests.model.harness import prompt_ids
@@ -188,7 +187,7 @@ def test_a_dead_engine_hangs_nobody(bundle, monkeypatch):
             with pytest.raises(EngineDeadError):
                 await runtime.route([(1, 2, 3)], RoutingChoice())
             with pytest.raises(EngineDeadError):
-                await runtime.retire("alpha", None)
+                await runtime.apply(LiveChange(retire=("alpha",)))
 
     asyncio.run(scenario())
 
@@ -306,15 +305,14 @@ def test_an_expert_is_replaced_and_retired_while_requests_hold_it(bundle):
             expected_new = _tokens(await _events(runtime.submit(_request("y", {"beta": 1.0}, tokens=60))))
             holding = runtime.submit(_request("old", {"alpha": 1.0}, tokens=60))
             await anext(holding)
-            await runtime.publish(new, bundle.router())
+            await runtime.apply(LiveChange((new,), router=bundle.router()))
             after = runtime.submit(_request("new", {"alpha": 1.0}, tokens=60))
             states = {(s.name, s.generation): s.state for s in runtime.experts()}
             assert states[("alpha", 2)] == "active"
-            await runtime.retire("beta", None)
+            await runtime.apply(LiveChange(retire=("beta",)))
             with pytest.raises(UnknownExpertError):
                 runtime.submit(_request("none", {"beta": 1.0}))
-            with pytest.raises(ExpertNotFoundError):
-                await runtime.retire("beta", None)
+            await runtime.apply(LiveChange(retire=("beta",)))
             events = await _events(holding)
             assert events[-1].routing.generations == {"alpha": 1}
             first = expected_old[0]

@@ -80,7 +80,7 @@ class Soak(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES))
     def retire(self, name):
-        self.harness.engine.retire(name)
+        self.harness.retire(name)
 
     @rule(
         gates=st.none() | st.dictionaries(st.sampled_from(NAMES), st.sampled_from([1.0, 0.5]), max_size=2),

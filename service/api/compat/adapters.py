@@ -1,14 +1,15 @@
 """Experts as other servers number them: integer ids, scales, and llama.cpp's mix for requests that name none."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from service.api.backend import Backend
-from service.api.naming import check_weight, choose_routing
+from service.api.naming import check_weight
 from service.api.wire.lora import LoraScale
 from service.api.wire.sampling import SamplingBody
 from service.errors import InvalidRequestError, UnknownExpertError
-from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.api.parts import Parts
 
 B = TypeVar("B", bound=SamplingBody)
 
@@ -93,21 +94,21 @@ class DefaultMix:
         return dict(self.gates)
 
 
-def with_lora(body: B, ids: AdapterIds, backend: Backend, settings: Settings) -> B:
+async def with_lora(body: B, parts: "Parts") -> B:
     """A body whose `lora` has become `gates`; any other as it is.
 
     Raises:
-        ModelNotFoundError: `model` names nothing that is served.
+        ModelNotFoundError, ExpertNotLoadedError: `model` names nothing that is served, or not here yet.
         InvalidRequestError: `lora` with a model that names its experts itself, or with a number given twice.
         UnknownExpertError, LimitExceededError: as `AdapterIds.gates`.
     """
     if not body.lora:
         return body
-    choose_routing(body.model, None, None, backend, settings.max_gate)
-    if body.model != backend.bundle_name:
+    await parts.naming.choose(body.model)
+    if body.model != parts.backend.bundle_name:
         raise InvalidRequestError(
-            f"'lora' mixes experts itself: send it with model {backend.bundle_name!r}, not {body.model!r}.",
+            f"'lora' mixes experts itself: send it with model {parts.backend.bundle_name!r}, not {body.model!r}.",
             param="lora",
         )
-    gates = ids.gates(body.lora, settings.max_gate)
+    gates = parts.ids.gates(body.lora, parts.settings.max_gate)
     return body.model_copy(update={"gates": gates, "lora": []})

@@ -74,7 +74,9 @@ def add_routes(router: APIRouter, parts: Parts, base: type[APIRoute]) -> None:
             None if body.n_predict == -1 else body.n_predict, "n_predict", parts.settings.max_tokens
         )
         with in_words(_NAMES if body.gates is None else {**_NAMES, "gates": "gates"}):
-            routing = check(wanted, len(body.prompt), budget, parts.backend, parts.settings)
+            routing = await check(
+                wanted, len(body.prompt), budget, parts.backend, parts.settings, parts.naming
+            )
         bias, banned = await _biases(body, parts)
         prompts = await parts.encoder.prompts([await _joined(one, parts) for one in body.prompt])
         with in_words(_NAMES):

@@ -70,10 +70,10 @@ def add_routes(router: APIRouter, parts: Parts, base: type[APIRoute]) -> None:
     async def answered(
         request: Request, inputs: str, parameters: Parameters, *, stream: bool, listed: bool = False
     ) -> Response:
-        wanted = _in_our_words(parameters, stream, parts)
+        wanted = _in_our_words(parameters, await _gates(parameters, parts), stream, parts)
         budget = Budget(parameters.max_new_tokens, "parameters.max_new_tokens", parts.settings.max_tokens)
         with in_words(_NAMES):
-            routing = check(wanted, 1, budget, parts.backend, parts.settings)
+            routing = await check(wanted, 1, budget, parts.backend, parts.settings, parts.naming)
             keep = kept_tokens(wanted, budget.asked, parts.backend, parts.settings)
             prompts = await parts.encoder.prompts([inputs], "inputs", keep=keep)
             plan = make_plan(
@@ -127,7 +127,9 @@ def _failure(error: TwinserveError) -> dict[str, Any]:
     return lorax_shape(error, error.status)[1]
 
 
-def _in_our_words(parameters: Parameters, stream: bool, parts: Parts) -> CompatBody:
+def _in_our_words(
+    parameters: Parameters, gates: dict[str, float] | None, stream: bool, parts: Parts
+) -> CompatBody:
     told = stream or parameters.details or parameters.decoder_input_details or (parameters.best_of or 1) > 1
     seed = parameters.seed
     if parameters.sampled and seed is None:
@@ -139,7 +141,7 @@ def _in_our_words(parameters: Parameters, stream: bool, parts: Parts) -> CompatB
                 "model": {None: parts.backend.bundle_name, BASE_MODEL: SHARED}.get(
                     parameters.adapter_id, parameters.adapter_id
                 ),
-                "gates": _gates(parameters, parts),
+                "gates": gates,
                 "routing": parameters.routing,
                 "n": parameters.best_of or 1,
                 "stream": stream,
@@ -169,17 +171,18 @@ def _constraint(parameters: Parameters) -> Constraint | None:
     return Constraint("json_schema", json.dumps(schema), "parameters.response_format")
 
 
-def _gates(parameters: Parameters, parts: Parts) -> dict[str, float] | None:
+async def _gates(parameters: Parameters, parts: Parts) -> dict[str, float] | None:
     merged = parameters.merged_adapters
     if merged is None:
         return None
-    experts = parts.backend.expert_names()
-    for index, name in enumerate(merged.ids):
-        if name not in experts:
-            place = f"parameters.merged_adapters.ids[{index}]"
-            raise UnknownExpertError(
-                f"{place}: there is no expert {name[:64]!r}; GET /v1/models lists them.", param=place
-            )
+    places = {name: f"parameters.merged_adapters.ids[{index}]" for index, name in enumerate(merged.ids)}
+    try:
+        await parts.naming.experts(places)
+    except UnknownExpertError as error:
+        raise UnknownExpertError(
+            f"{error.param}: {error.message} GET /v1/models lists the names.", param=error.param
+        ) from error
+    for index in range(len(merged.ids)):
         weight = f"parameters.merged_adapters.weights[{index}]"
         check_weight(weight, merged.weights[index], parts.settings.max_gate)
     return dict(zip(merged.ids, merged.weights, strict=True))

@@ -1,7 +1,7 @@
 """Answers in OpenAI's shapes; `routing` is our addition."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -250,13 +250,22 @@ class Generated(Answer):
 
 
 class ModelAnswer(Answer):
-    """One name that `model` can be."""
+    """One name that `model` can be.
+
+    Attributes:
+        root: the bundle that it belongs to; itself for a classifier.
+        parent: what it is another name or another generation of; the bundle for an expert; null for the bundle.
+        kind: generation: one that is tried out, or waits to be, beside the one that its expert's name stands for.
+        generation: of an expert, of the expert behind an alias, or the one that it is.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["twinserve"] = "twinserve"
-    kind: Literal["router", "expert", "shared", "classifier"]
+    root: str
+    parent: str | None
+    kind: Literal["router", "expert", "generation", "alias", "shared", "classifier"]
     max_model_len: int
     generation: int | None = None
 
@@ -282,32 +291,6 @@ class RouteAnswer(Answer):
     model: str
     data: list[RouteChoice]
     usage: Mapping[str, int]
-
-
-class ExpertAnswer(Answer):
-    """One expert as operators see it."""
-
-    name: str
-    generation: int
-    state: str
-    routed: bool
-    leases: int
-    bytes: int
-    max_rank: int
-    resident: bool
-
-
-class ExpertList(Answer):
-    """All experts."""
-
-    object: Literal["list"] = "list"
-    data: list[ExpertAnswer]
-
-
-class RegisteredAnswer(ExpertAnswer):
-    """A new generation, with what its compression cost."""
-
-    report: Mapping[str, Any]
 
 
 class ErrorFields(Answer):

@@ -17,6 +17,7 @@ from experts.factors import dense
 from experts.inspection import bundle_facts
 from experts.registry import describe_source, exclusive_vector, prepare_expert
 from experts.routing import load_prompts
+from tests.fixtures.bundles import with_expert
 
 FILE = "experts/alpha/2/expert.safetensors"
 SPECS = {
@@ -31,7 +32,7 @@ def published(bundle, family, spec) -> Bundle:
     source = family.fine_tunes["alpha"]
     prompts = load_prompts(family.prompts["alpha"])
     compressed = prepare_expert(bundle, "alpha", source, spec, prompts)
-    return bundle.publish_expert(compressed, "alpha", None, 1, describe_source(source), spec)
+    return with_expert(bundle, "alpha", compressed, describe_source(source), spec)
 
 
 @pytest.mark.parametrize("codec", SPECS)

@@ -8,9 +8,9 @@ import torch
 from experts.build import BuildPlan, build_bundle
 from experts.bundle import Bundle
 from experts.checkpoint import Checkpoint, open_fine_tune
-from experts.registry import describe_source, join_by_weights, known_by_prompts, prepare_expert
+from experts.registry import join_by_weights, known_by_prompts, task_of
 from experts.registry.responses import readable, responses
-from experts.routing import FeatureSpec, decoder_layers
+from experts.routing import FeatureSpec, Router, decoder_layers
 from experts.routing.loading import load_model
 from tests.fixtures.tiny import TinyFamily, tiny_family, tiny_lora
 
@@ -25,26 +25,22 @@ def built(family: TinyFamily, out: Path, **options) -> Bundle:
     return build_bundle(BuildPlan(base=family.base, experts=family.fine_tunes, out=out, **defaults | options))
 
 
-def joined(bundle: Bundle, family: TinyFamily, folder: Path) -> Bundle:
+def joined(bundle: Bundle, family: TinyFamily, folder: Path) -> Router | None:
     source = tiny_lora(folder / "gamma", family.base, rank=2, seed=9)
-    router = join_by_weights(bundle, "gamma", source)
-    compressed = prepare_expert(bundle, "gamma", source)
-    return bundle.publish_expert(compressed, "gamma", router, None, describe_source(source))
+    return join_by_weights(bundle.router(), bundle, "gamma", task_of(bundle, "gamma", source))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "gaussian", "nearest"])
 def test_behind_a_guard_an_expert_is_routed_without_a_prompt(kind, family, tmp_path):
-    bundle = joined(built(family, tmp_path / "bundle", router=kind, guard_rate=0.05), family, tmp_path)
-    assert bundle.entry("gamma").routed
-    router = bundle.router()
+    router = joined(built(family, tmp_path / "bundle", router=kind, guard_rate=0.05), family, tmp_path)
     assert (router.kind, router.known.kind, router.names) == ("subspace", kind, ("alpha", "beta", "gamma"))
-    assert bundle.retire_expert("gamma").router().names == ("alpha", "beta")
+    assert router.without("gamma").names == ("alpha", "beta")
 
 
 def test_a_data_free_router_needs_no_prompts_at_all(family, tmp_path):
     bundle = built(family, tmp_path / "bundle", router="subspace", prompts={})
     assert bundle.router().free == ("alpha", "beta")
-    assert joined(bundle, family, tmp_path).router().free == ("alpha", "beta", "gamma")
+    assert joined(bundle, family, tmp_path).free == ("alpha", "beta", "gamma")
 
 
 def test_without_taps_a_data_free_router_reads_every_layer_below_the_last(family, tmp_path):
@@ -61,21 +57,20 @@ def test_experts_with_prompts_are_known_by_them_beside_those_without(family, tmp
 
 
 def test_only_an_expert_with_prompts_keeps_its_place_when_a_generation_brings_none(family, tmp_path):
-    bundle = joined(built(family, tmp_path / "bundle", router="gaussian", guard_rate=0.05), family, tmp_path)
-    assert known_by_prompts(bundle, "alpha")
-    assert not known_by_prompts(bundle, "gamma")
-    assert not known_by_prompts(bundle, "nobody")
-    before = bundle.router().rows
+    bundle = built(family, tmp_path / "bundle", router="gaussian", guard_rate=0.05)
+    router = joined(bundle, family, tmp_path)
+    assert known_by_prompts(router, "alpha")
+    assert not known_by_prompts(router, "gamma")
+    assert not known_by_prompts(router, "nobody")
+    before = router.rows
     source = tiny_lora(tmp_path / "other", family.base, rank=2, seed=10)
-    after = join_by_weights(bundle, "gamma", source)
+    after = join_by_weights(router, bundle, "gamma", task_of(bundle, "gamma", source))
     assert after.free == ("gamma",)
     assert not torch.equal(after.rows, before)
 
 
 def test_without_a_guard_the_expert_waits_for_requests_that_name_it(family, tmp_path):
-    bundle = joined(built(family, tmp_path / "bundle", router="mlp"), family, tmp_path)
-    assert not bundle.entry("gamma").routed
-    assert bundle.router().names == ("alpha", "beta")
+    assert joined(built(family, tmp_path / "bundle", router="mlp"), family, tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -86,9 +81,7 @@ def test_without_a_guard_the_expert_waits_for_requests_that_name_it(family, tmp_
 def test_where_no_matrix_reads_the_routers_layer_the_expert_waits_too(architecture, layer, tmp_path):
     family = tiny_family(tmp_path / "f", architecture=architecture, experts=("alpha", "beta"), router=False)
     options = {"router": "gaussian", "guard_rate": 0.05, "features": FeatureSpec(layer=layer)}
-    bundle = joined(built(family, tmp_path / "bundle", **options), family, tmp_path)
-    assert not bundle.entry("gamma").routed
-    assert bundle.router().kind == "gaussian"
+    assert joined(built(family, tmp_path / "bundle", **options), family, tmp_path) is None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])

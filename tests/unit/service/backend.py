@@ -2,8 +2,9 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from service.core import (
@@ -81,6 +82,31 @@ def says(*texts: str) -> list[Event | float | Exception]:
 
 
 @dataclass
+class ScriptedNames:
+    """Aliases, and what becomes of a name that is waited for; stands where the registrar does.
+
+    Attributes:
+        arriving: called with the names that are waited for; may raise.
+        awaited: the names of every wait.
+    """
+
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    arriving: Callable[[Collection[str]], None] = lambda _: None
+    awaited: list[list[str]] = field(default_factory=list)
+    sources: Any = field(default_factory=lambda: SimpleNamespace(uploads=None))
+
+    def resolve(self, model: str) -> str:
+        return self.aliases.get(model, model)
+
+    def served_aliases(self) -> Mapping[str, str]:
+        return self.aliases
+
+    async def ready_for(self, names: Collection[str]) -> None:
+        self.awaited.append(list(names))
+        self.arriving(names)
+
+
+@dataclass
 class ScriptedBackend:
     """`answer` makes the script of each request; what was submitted stays in `scripts`."""
 
@@ -92,6 +118,7 @@ class ScriptedBackend:
     bundle_name: str = "family"
     alive: bool = True
     ready: bool = True
+    statuses: Sequence[ExpertStatus] = (ExpertStatus("alpha", 1, "active", True, 0, 10, 4),)
     requests: list[GenerationRequest] = field(default_factory=list)
     scripts: list[Script] = field(default_factory=list)
 
@@ -118,7 +145,7 @@ class ScriptedBackend:
         return frozenset(status.name for status in self.experts() if status.state == "active")
 
     def experts(self) -> Sequence[ExpertStatus]:
-        return [ExpertStatus("alpha", 1, "active", True, 0, 10, 4)]
+        return self.statuses
 
     def gauges(self) -> EngineGauges:
         return gauges(alive=self.alive)

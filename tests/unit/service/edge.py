@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from experts.bundle import Bundle
 from service.api.app import create_app
 from service.metrics import Metrics
-from service.registrar import LiveExperts, Registrar
+from service.registrar import Registrar
 from service.settings import Settings
-from tests.unit.service.backend import ScriptedBackend
+from tests.unit.service.backend import ScriptedBackend, ScriptedNames
 
 BODY = {"model": "family", "prompt": "abc"}
 
@@ -23,14 +23,13 @@ def call(
     path: str = "/v1/completions",
     method: str = "POST",
     headers: dict[str, str] | None = None,
+    names: ScriptedNames | None = None,
     **settings: Any,
 ) -> httpx.Response:
     """One request through the whole app, in this process."""
     metrics = Metrics(CollectorRegistry())
     metrics.watch(backend.gauges)
-    # /admin is off without a key, so that its registrar never works here.
-    registrar = Registrar(cast(LiveExperts, backend), cast(Bundle, None), None)
-    app = create_app(backend, Settings(bundle=Path("none"), **settings), metrics, registrar)
+    app = scripted_app(backend, metrics, names, **settings)
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -38,6 +37,14 @@ def call(
             return await client.request(method, path, json=body, headers=headers)
 
     return asyncio.run(send())
+
+
+def scripted_app(
+    backend: ScriptedBackend, metrics: Metrics, names: ScriptedNames | None = None, **settings: Any
+) -> FastAPI:
+    """The whole app. /admin is off without a key, so that of its registrar only the names are asked."""
+    registrar = cast(Registrar, names or ScriptedNames())
+    return create_app(backend, Settings(bundle=Path("none"), **settings), metrics, registrar)
 
 
 def events(answer: httpx.Response) -> list[str]:

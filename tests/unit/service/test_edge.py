@@ -6,15 +6,12 @@ import random
 import time
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from experts.bundle import Bundle
-from service.api.app import create_app
 from service.core import (
     Event,
     Failed,
@@ -34,10 +31,8 @@ from service.errors import (
     UnknownExpertError,
 )
 from service.metrics import Metrics
-from service.registrar import LiveExperts, Registrar
-from service.settings import Settings
 from tests.unit.service.backend import END, OUTCOME, Script, ScriptedBackend, says
-from tests.unit.service.edge import BODY, call, events
+from tests.unit.service.edge import BODY, call, events, scripted_app
 
 
 def test_a_failure_before_the_first_token_keeps_its_status_in_a_stream() -> None:
@@ -356,8 +351,7 @@ def test_a_default_is_cut_to_what_fits_but_min_tokens_raises_it() -> None:
 def test_http_counts_use_route_templates_not_paths() -> None:
     backend = ScriptedBackend()
     metrics = Metrics(CollectorRegistry())
-    registrar = Registrar(cast(LiveExperts, backend), cast(Bundle, None), None)
-    app = create_app(backend, Settings(bundle=Path("none")), metrics, registrar)
+    app = scripted_app(backend, metrics)
 
     async def send() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as client:
@@ -418,8 +412,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_ours(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     backend = ScriptedBackend()
-    registrar = Registrar(cast(LiveExperts, backend), cast(Bundle, None), None)
-    app = create_app(backend, Settings(bundle=Path("none")), Metrics(CollectorRegistry()), registrar)
+    app = scripted_app(backend, Metrics(CollectorRegistry()))
     heard = iter(({"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}))
     told: list[MutableMapping[str, Any]] = []
 

@@ -246,7 +246,7 @@ def test_an_answer_that_the_guard_left_to_the_shared_expert_teaches_nothing():
     router = GaussianRouter.fit(near, near, FeatureSpec(pooling="mean"), guard_rate=0.05)
     catalogue = Catalogue()
     for name in near:
-        catalogue.publish(ExpertKey(name, 1))
+        catalogue.switch([ExpertKey(name, 1)])
     dispatcher = Dispatcher(catalogue, router, RoutingDefaults())
     dispatcher.adjuster = made()
     known = dispatcher.route(near["a"][0], RoutingChoice())[1]

@@ -1,0 +1,1 @@
+"""Alembic's migrations of the catalogue; `env.py` runs them on a connection that is handed to it."""

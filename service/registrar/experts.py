@@ -1,0 +1,294 @@
+"""Experts and their generations: which serves, which is kept, which is tried out."""
+
+import logging
+from collections.abc import Sequence
+
+from experts.registry.records import Actor, Expert, ExpertState, Generation, Trial, TrialKind
+from service.errors import ExpertNotFoundError, RecordNotFoundError, TwinserveError, WrongStateError
+from service.registrar.changing import Changing
+from service.registrar.status import ExpertView, merge
+
+_log = logging.getLogger(__name__)
+
+_RETIRED = "retired"
+
+
+class ExpertChanges(Changing):
+    """See `Registrar`."""
+
+    async def list(self) -> Sequence[ExpertView]:
+        """Every expert that is not retired, and retired ones that requests still use; by name."""
+        experts = await self._ask(self._known)
+        running = self._live.experts()
+        views = [merge(expert, running) for expert in experts]
+        return [view for view in views if view.state != _RETIRED or view.generations]
+
+    async def get(self, name: str) -> ExpertView:
+        """One expert that is not retired.
+
+        Raises:
+            ExpertNotFoundError: there is none of that name.
+        """
+        expert, _ = await self.expert(name)
+        return merge(expert, self._live.experts())
+
+    async def expert(self, name: str) -> tuple[Expert, Sequence[Generation]]:
+        """One expert that is not retired, and its generations, newest first.
+
+        Raises:
+            ExpertNotFoundError: there is none of that name.
+        """
+        return await self._ask(self._find, name)
+
+    async def generations(self, name: str) -> Sequence[Generation]:
+        """Every generation that ever was of a name, newest first, of a retired expert too.
+
+        Raises:
+            ExpertNotFoundError: the name never was an expert's.
+        """
+        found = await self._ask(self.catalogue.generations, name)
+        if not found:
+            raise _no_expert(name)
+        return found
+
+    async def generation(self, name: str, number: int) -> Generation:
+        """One generation, whatever its state.
+
+        Raises:
+            RecordNotFoundError: there is none.
+        """
+        for generation in await self._ask(self.catalogue.generations, name):
+            if generation.number == number:
+                return generation
+        raise RecordNotFoundError(f"The expert {name[:64]!r} has no generation {number}.")
+
+    async def activate(
+        self,
+        name: str,
+        number: int,
+        *,
+        actor: Actor,
+        expected: int | None = None,
+        precondition: bool = False,
+    ) -> ExpertView:
+        """Let a ready generation serve from now on, with the router of its time where there is one.
+
+        Args:
+            name: the expert.
+            number: its generation.
+            actor: who asks.
+            expected: the generation that must be the current one.
+            precondition: `expected` comes from `If-Match`.
+
+        Raises:
+            ExpertNotFoundError, RecordNotFoundError: there is no such expert or generation.
+            ConflictError, PreconditionFailedError: another generation is current than the expected one.
+            WrongStateError: the generation is not ready, or of another bundle.
+        """
+        return await self._switch("activate", name, number, actor, expected, precondition)
+
+    async def rollback(
+        self,
+        name: str,
+        number: int | None = None,
+        *,
+        actor: Actor,
+        expected: int | None = None,
+        precondition: bool = False,
+    ) -> ExpertView:
+        """As `activate`, by default to the newest ready generation before the current one.
+
+        Raises:
+            WrongStateError: there is no older one to go back to.
+            ExpertNotFoundError, RecordNotFoundError, ConflictError, PreconditionFailedError: as `activate`.
+        """
+        if number is None:
+            expert, generations = await self.expert(name)
+            number = self._before(expert, generations)
+        return await self._switch("rollback", name, number, actor, expected, precondition)
+
+    async def pin(
+        self,
+        name: str,
+        number: int | None = None,
+        *,
+        actor: Actor,
+        expected: int | None = None,
+        precondition: bool = False,
+    ) -> ExpertView:
+        """Keep the current generation, or switch to another and keep that, whatever is registered later.
+
+        Raises:
+            ExpertNotFoundError, RecordNotFoundError, WrongStateError, ConflictError, PreconditionFailedError: as
+                `activate`.
+        """
+        expert, _ = await self.expert(name)
+        if number is not None and number != expert.generation:
+            await self._switch("pin", name, number, actor, expected, precondition)
+            expected = number
+        chosen = number or expert.generation
+        if chosen is None:
+            raise WrongStateError(f"The expert {name!r} has no ready generation to pin yet.")
+        await self._change(
+            "pin",
+            name,
+            actor,
+            lambda: self.catalogue.pin(name, chosen, actor, expected=expected),
+            precondition=precondition,
+        )
+        return await self.get(name)
+
+    async def unpin(self, name: str, *, actor: Actor) -> ExpertView:
+        """Let later registrations replace the current generation again."""
+        await self.get(name)
+        await self._change("unpin", name, actor, lambda: self.catalogue.pin(name, None, actor))
+        return await self.get(name)
+
+    async def disable(
+        self, name: str, *, actor: Actor, expected: int | None = None, precondition: bool = False
+    ) -> ExpertView:
+        """Serve an expert no more until it is enabled; running requests keep it."""
+        return await self._set_state("disable", name, "disabled", actor, expected, precondition)
+
+    async def enable(
+        self, name: str, *, actor: Actor, expected: int | None = None, precondition: bool = False
+    ) -> ExpertView:
+        """Serve a disabled expert again."""
+        return await self._set_state("enable", name, "active", actor, expected, precondition)
+
+    async def retire(
+        self, name: str, *, actor: Actor, expected: int | None = None, precondition: bool = False
+    ) -> ExpertView:
+        """Take an expert out of service for good; running requests keep it."""
+        return await self._set_state("retire", name, "retired", actor, expected, precondition)
+
+    async def try_out(
+        self,
+        name: str,
+        number: int,
+        kind: TrialKind,
+        percent: float,
+        *,
+        actor: Actor,
+        expected: int | None = None,
+        precondition: bool = False,
+    ) -> ExpertView:
+        """Try a ready generation out beside the one that serves, on `percent` of routed requests, in (0, 100].
+
+        Raises:
+            ExpertNotFoundError, RecordNotFoundError, WrongStateError, ConflictError, PreconditionFailedError: as
+                `activate`.
+        """
+        await self.get(name)
+        generation = await self.generation(name, number)
+        router = await self._ask(self._router_with, generation)
+        trial = Trial(name, number, kind, percent, router)
+        return await self._set_trial(name, trial, actor, expected, precondition)
+
+    async def end_trial(self, name: str, *, actor: Actor) -> ExpertView:
+        """Serve the current generation alone again."""
+        return await self._set_trial(name, None, actor, None, False)
+
+    async def _switch(
+        self,
+        action: str,
+        name: str,
+        number: int,
+        actor: Actor,
+        expected: int | None,
+        precondition: bool,
+    ) -> ExpertView:
+        """Another generation, with a router that knows it; a job makes one where there is none."""
+        await self.generations(name)
+        generation = await self.generation(name, number)
+        router = await self._ask(self._router_with, generation)
+        await self._change(
+            action,
+            name,
+            actor,
+            lambda: self.catalogue.activate(name, number, actor, expected=expected, router=router),
+            precondition=precondition,
+        )
+        if router is None and self._follower.routed and generation.profile is not None:
+            await self._reprofile(generation, actor)
+        return await self.get(name)
+
+    async def _reprofile(self, generation: Generation, actor: Actor) -> None:
+        """Queue a router that knows this generation again; the switch holds without it."""
+        request = {"name": generation.name, "generation": generation.number}
+        try:
+            await self._submit("reprofile", request, actor, None, name=generation.name, replace=True)
+        except TwinserveError as error:
+            _log.warning("the router is not fitted to %s@%d: %s", generation.name, generation.number, error)
+
+    async def _set_state(
+        self,
+        action: str,
+        name: str,
+        state: ExpertState,
+        actor: Actor,
+        expected: int | None,
+        precondition: bool,
+    ) -> ExpertView:
+        await self.get(name)
+        await self._change(
+            action,
+            name,
+            actor,
+            lambda: self.catalogue.set_state(name, state, actor, expected=expected),
+            precondition=precondition,
+        )
+        return merge(await self._ask(self.catalogue.expert, name), self._live.experts())
+
+    async def _set_trial(
+        self, name: str, trial: Trial | None, actor: Actor, expected: int | None, precondition: bool
+    ) -> ExpertView:
+        await self._change(
+            "trial",
+            name,
+            actor,
+            lambda: self.catalogue.try_out(name, trial, actor, expected=expected),
+            precondition=precondition,
+        )
+        return await self.get(name)
+
+    def _find(self, name: str) -> tuple[Expert, Sequence[Generation]]:
+        generations = self.catalogue.generations(name)
+        expert = self.catalogue.expert(name) if generations else None
+        if expert is None or expert.state == _RETIRED or not _was_ready(generations):
+            raise _no_expert(name)
+        return expert, generations
+
+    def _known(self) -> Sequence[Expert]:
+        """Without those that only a registration knows that has not come to anything yet."""
+        return [
+            expert
+            for expert in self.catalogue.experts()
+            if expert.generation is not None or _was_ready(self.catalogue.generations(expert.name))
+        ]
+
+    def _router_with(self, generation: Generation) -> int | None:
+        """The router as it would be if only this expert's profile were this generation's; None keeps the current."""
+        current = self._follower.snapshot.router
+        if current is None or generation.name not in current.profiles:
+            return None
+        wanted = {**current.profiles, generation.name: generation.number}
+        for router in self.catalogue.routers():
+            if router.build_id == current.build_id and dict(router.profiles) == wanted:
+                return router.number
+        return None
+
+    @staticmethod
+    def _before(expert: Expert, generations: Sequence[Generation]) -> int:
+        for generation in generations:
+            if generation.state == "ready" and generation.number < (expert.generation or 0):
+                return generation.number
+        raise WrongStateError(f"The expert {expert.name!r} has no older ready generation to go back to.")
+
+
+def _was_ready(generations: Sequence[Generation]) -> bool:
+    return any(generation.state in ("ready", "collected") for generation in generations)
+
+
+def _no_expert(name: str) -> ExpertNotFoundError:
+    return ExpertNotFoundError(f"There is no expert {name[:64]!r}; GET /admin/experts lists them.")

@@ -1,0 +1,34 @@
+"""Why a job failed, as its client is told."""
+
+from experts.errors import (
+    CheckpointError,
+    CompressionError,
+    ExpertsError,
+    MismatchError,
+    RoutingError,
+    SourceError,
+)
+from experts.registry.records import Job, JobFailure
+from service.errors import RequestFailedError, TwinserveError
+from service.registrar.translate import translate
+
+_OF_THE_SOURCE = (CheckpointError, MismatchError, CompressionError, SourceError)
+_SOURCES = ("path", "upload", "url")
+
+
+def failure_of(job: Job, error: Exception) -> JobFailure:
+    """The code, message and field of an error that ended a job."""
+    if isinstance(error, ExpertsError):
+        told = translate(error)
+        param = told.param
+        if param is None and isinstance(error, _OF_THE_SOURCE):
+            param = next((it for it in _SOURCES if job.request.get(it) is not None), None)
+        if param is None and isinstance(error, RoutingError) and job.request.get("prompts"):
+            param = "prompts"
+        return JobFailure(told.code, told.message, param)
+    if isinstance(error, TwinserveError):
+        return JobFailure(error.code, error.message, error.param)
+    told = RequestFailedError(
+        "A fault while registering; the server's log tells more. Nothing was registered."
+    )
+    return JobFailure(told.code, told.message)

@@ -1,0 +1,103 @@
+"""One attempt of one job: what its steps share."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from experts.bundle import Bundle, ExpertWeights
+from experts.errors import StaleRouterError
+from experts.registry.catalogue import Catalogue
+from experts.registry.reading import GenerationReader
+from experts.registry.records import Job
+from service.core import ExpertKey
+from service.errors import TwinserveError
+from service.registrar.work.gauge import Gauge
+from service.registrar.work.live import Stage
+from service.registrar.work.options import WorkOptions
+from service.registrar.work.process import Worker
+from service.registrar.work.profile import Backgrounds
+
+T = TypeVar("T")
+
+
+class Served(Protocol):
+    """The family that is served now; `service.registrar.family.CatalogueFamily` fits it."""
+
+    bundle: Bundle
+    reader: GenerationReader
+
+
+class Ask(Protocol):
+    """Runs what blocks, on a thread; waits out a database that does not answer."""
+
+    async def __call__(self, call: Callable[[], T]) -> T:
+        """What the call returns or raises, but for CatalogueError."""
+        ...
+
+
+class Run:
+    """One attempt.
+
+    Attributes:
+        folder: its half-made files.
+        worker: its process.
+        decided: what is done now cannot be stopped any more; it takes a moment.
+        report: what was found, in case that it fails.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        catalogue: Catalogue,
+        live: Stage,
+        served: Served,
+        worker: Worker,
+        folder: Path,
+        options: WorkOptions,
+        backgrounds: Backgrounds,
+        gauge: Gauge,
+        ask: Ask,
+    ) -> None:
+        self.job = job
+        self.catalogue = catalogue
+        self.live = live
+        self.served = served
+        self.worker = worker
+        self.folder = folder
+        self.options = options
+        self.backgrounds = backgrounds
+        self.gauge = gauge
+        self.ask = ask
+        self.decided = False
+        self.report: dict[str, Any] = {}
+        self._staged: list[ExpertKey] = []
+
+    async def stage(self, weights: ExpertWeights) -> None:
+        """Have the engine take a generation, for this attempt alone.
+
+        Raises:
+            ExpertRejectedError: the model cannot serve it.
+        """
+        self._staged.append(ExpertKey(weights.name, weights.generation))
+        await self.live.stage(weights)
+
+    async def publish(self, call: Callable[[], T]) -> T:
+        """The one step that cannot be taken back: from here on the attempt is not stopped.
+
+        Raises:
+            StaleRouterError: not yet; it goes on as before.
+        """
+        self.decided = True
+        try:
+            return await self.ask(call)
+        except StaleRouterError:
+            self.decided = False
+            raise
+
+    async def clean_up(self) -> None:
+        """Withdraw what was staged; what went live stays."""
+        for key in self._staged:
+            with contextlib.suppress(TwinserveError):  # an engine that has ended holds nothing
+                await self.live.unstage(key)

@@ -1,0 +1,440 @@
+"""Jobs of the registry, from the queue to what is served; and everything that can happen to them on the way."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experts.registry.work import read_profile
+from service.registrar.checks import Canary, TrialAsked
+from tests.fixtures.tiny import TinyFamily, tiny_family, tiny_fine_tune, tiny_lora
+from tests.model.registry_bench import (
+    ADMIN,
+    at_stage,
+    bench,
+    gone,
+    kill_workers,
+    workers,
+)
+
+PROMPTS = tuple(f"What is the opposite of word{number}?" for number in range(10))
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> TinyFamily:
+    path = tmp_path_factory.mktemp("family")
+    made = tiny_family(path, experts=("alpha", "beta"))
+    tiny_lora(path / "root/lora", made.base, 4, seed=31)
+    tiny_lora(path / "root/other", made.base, 4, seed=32)
+    tiny_fine_tune(path / "root/full", made.base, seed=33)
+    (path / "root/empty").mkdir()
+    return made
+
+
+@pytest.fixture
+def root(family: TinyFamily) -> Path:
+    return family.base.parent / "root"
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    assert all(gone(pid) for pid in workers())
+
+
+def replica(family: TinyFamily, root: Path, tmp_path: Path, **options):
+    return bench(family.bundle, root, tmp_path / "state", **options)
+
+
+def test_a_registration_becomes_a_generation_that_serves(family, root, tmp_path):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            first = await here.end_of(here.submit("delta", "lora", prompts=PROMPTS))
+            assert first.state == "succeeded", first.failure
+            assert (first.progress.percent, first.attempt) == (100, 1)
+            assert here.served() == {"alpha": 1, "beta": 1, "delta": 1}
+            assert here.staged() == []
+            generation = here.catalogue.generation("delta", 1)
+            assert generation.state == "ready"
+            assert set(generation.files) == {"expert.safetensors", "expert.json"}
+            assert set(generation.origin) == {"adapter_config.json", "adapter_model.safetensors"}
+            assert generation.report["bytes"] == first.result["report"]["bytes"] > 0
+            features, forms = read_profile(here.blobs.path(generation.profile))
+            assert (len(features), forms) == (2 * len(PROMPTS), 2)
+            assert json.loads(here.blobs.path(generation.prompts).read_text()) == list(PROMPTS)
+            router = here.catalogue.snapshot().router
+            assert router.profiles == {"alpha": 1, "beta": 1, "delta": 1}
+            assert here.half_made() == []
+            assert here.ended == [("register", "succeeded")]
+
+    asyncio.run(go())
+
+
+def test_a_later_generation_without_prompts_keeps_the_routers_profile(family, root, tmp_path):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            await here.end_of(here.submit("delta", "lora", prompts=PROMPTS))
+            before = here.catalogue.snapshot().router
+            second = await here.end_of(here.submit("delta", "full", replace=True))
+            assert second.result["router"] == "kept"
+            assert here.served()["delta"] == 2
+            assert here.catalogue.snapshot().router == before
+            assert here.catalogue.generation("delta", 2).origin == {}  # only LoRAs are kept
+
+    asyncio.run(go())
+
+
+def test_one_process_does_job_after_job(family, root, tmp_path):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working() as supervisor:
+            await here.end_of(here.submit("delta", "lora"))
+            [pid] = workers()
+            await here.end_of(here.submit("epsilon", "other"))
+            await here.end_of(here.submit("zeta", "empty"))  # a refusal is no reason for another one
+            assert workers() == [pid]
+            assert os.sched_getscheduler(pid) == os.SCHED_BATCH
+            assert os.getpriority(os.PRIO_PROCESS, pid) == 19
+            assert supervisor.waiting_process == pid
+
+    asyncio.run(go())
+
+
+def test_what_cannot_be_an_expert_fails_with_the_reason_and_leaves_nothing(family, root, tmp_path):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            before = {blob.sha256 for blob in here.blobs.list()}
+            ended = await here.end_of(here.submit("delta", "empty"))
+            assert (ended.state, ended.failure.code, ended.failure.param) == (
+                "failed",
+                "expert_rejected",
+                "path",
+            )
+            assert "has no model.safetensors" in ended.failure.message
+            generation = here.catalogue.generation("delta", 1)
+            assert generation.state == "failed"
+            assert generation.report["error"]["code"] == "expert_rejected"
+            assert {blob.sha256 for blob in here.blobs.list()} == before
+            assert here.served() == {"alpha": 1, "beta": 1}
+            assert here.half_made() == []
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("match", "least", "state"), [("contains", 1.0, "succeeded"), ("exact", 0.5, "failed")]
+)
+def test_canary_prompts_decide_before_anybody_gets_the_generation(
+    match, least, state, family, root, tmp_path
+):
+    canaries = (Canary("Add 1 and 2.", "" if match == "contains" else "never this", match),)
+
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            ended = await here.end_of(here.submit("delta", "lora", canaries=canaries, canary_min_score=least))
+            assert ended.state == state, ended.failure
+            generation = here.catalogue.generation("delta", 1)
+            [answer] = generation.report["canaries"]["answers"]
+            assert answer["passed"] == (state == "succeeded")
+            assert answer["answer"]
+            assert ("delta" in here.served()) == (state == "succeeded")
+            assert here.staged() == []
+            if state == "failed":
+                assert ended.failure.param == "canary_prompts"
+                assert generation.state == "failed"
+
+    asyncio.run(go())
+
+
+def test_a_generation_can_be_made_ready_without_going_live(family, root, tmp_path):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            await here.end_of(here.submit("alpha", "lora", replace=True, activate=False))
+            assert here.served()["alpha"] == 1
+            assert here.staged() == []
+            assert here.catalogue.generation("alpha", 2).state == "ready"
+            trial = TrialAsked("canary", 25.0)
+            await here.end_of(here.submit("alpha", "other", replace=True, prompts=PROMPTS, trial=trial))
+            [tried] = here.catalogue.snapshot().trials
+            assert (tried.generation, tried.kind, tried.percent) == (3, "canary", 25.0)
+            assert tried.router is not None
+            assert here.served()["alpha"] == 1
+            assert here.staged() == ["alpha@3"]
+
+    asyncio.run(go())
+
+
+def test_a_router_that_went_live_meanwhile_is_fitted_upon(family, root, tmp_path, monkeypatch):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            await here.end_of(here.submit("alpha", "lora", prompts=PROMPTS, replace=True))
+            assert here.catalogue.snapshot().router.profiles == {"alpha": 2, "beta": 1}
+
+            def roll_back() -> None:
+                here.catalogue.activate("alpha", 1, ADMIN, router=1)
+
+            done = at_stage(monkeypatch, "publish", roll_back)
+            ended = await here.end_of(here.submit("delta", "other", prompts=PROMPTS))
+            assert (done, ended.state, ended.attempt) == (["publish"], "succeeded", 1)
+            # Made from router 1, which is the current one again, not from router 2.
+            assert here.catalogue.snapshot().router.profiles == {"alpha": 1, "beta": 1, "delta": 1}
+            assert here.served() == {"alpha": 1, "beta": 1, "delta": 1}
+
+    asyncio.run(go())
+
+
+def test_an_older_generation_is_profiled_again_from_what_was_kept(family, root, tmp_path):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            await here.end_of(here.submit("delta", "lora", prompts=PROMPTS))
+            await here.end_of(here.submit("delta", "other", replace=True, prompts=PROMPTS[:9]))
+            here.catalogue.activate("delta", 1, ADMIN)
+            job = here.catalogue.submit(
+                "reprofile", {"name": "delta", "generation": 1}, ADMIN, name="delta", replace=True, limit=8
+            )
+            ended = await here.end_of(job)
+            assert (ended.state, ended.result["router"]) == ("succeeded", "prompts"), ended.failure
+            assert here.catalogue.snapshot().router.profiles["delta"] == 1
+            late = here.catalogue.submit(
+                "reprofile", {"name": "delta", "generation": 2}, ADMIN, name="delta", replace=True, limit=8
+            )
+            assert (await here.end_of(late)).result["router"] == "kept"
+
+    asyncio.run(go())
+
+
+def test_a_rebuilt_bundle_takes_the_served_ones_place(family, root, tmp_path):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            await here.end_of(here.submit("delta", "lora", prompts=PROMPTS))
+            old = here.catalogue.snapshot().bundle.build_id
+            job = here.catalogue.submit("rebuild", {"merge": {"method": "averaging"}}, ADMIN, limit=8)
+            ended = await here.end_of(job)
+            assert ended.state == "succeeded", ended.failure
+            snapshot = here.catalogue.snapshot()
+            assert snapshot.bundle.build_id == ended.result["build_id"] != old
+            assert here.served() == {"alpha": 2, "beta": 2, "delta": 2}
+            assert here.loading.family.build_id == snapshot.bundle.build_id
+            assert '"averaging"' in snapshot.bundle.manifest
+            assert here.half_made() == []
+            # A registration goes on against the new shared expert.
+            assert (await here.end_of(here.submit("epsilon", "other"))).state == "succeeded"
+            assert here.catalogue.generation("epsilon", 1).build_id == snapshot.bundle.build_id
+
+    asyncio.run(go())
+
+
+def test_a_rebuild_that_makes_no_sense_says_so(family, root, tmp_path):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            job = here.catalogue.submit("rebuild", {"merge": {"method": "magic"}}, ADMIN, limit=8)
+            ended = await here.end_of(job)
+            assert (ended.state, ended.failure.code) == ("failed", "expert_rejected")
+            assert "magic" in ended.failure.message
+            assert here.served() == {"alpha": 1, "beta": 1}
+
+    asyncio.run(go())
+
+
+# -- the worker's process dies ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["check", "compress", "route", "store"])
+def test_a_job_whose_process_is_killed_is_begun_anew(stage, family, root, tmp_path, monkeypatch):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            done = at_stage(monkeypatch, stage, kill_workers)
+            ended = await here.end_of(here.submit("delta", "full", prompts=PROMPTS))
+            assert (done, ended.state, ended.attempt) == ([stage], "succeeded", 2), ended.failure
+            assert here.served()["delta"] == 1
+            assert here.staged() == []
+            assert here.half_made() == []
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("stage", ["try", "publish"])
+def test_once_everything_is_stored_the_process_is_not_needed(stage, family, root, tmp_path, monkeypatch):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            done = at_stage(monkeypatch, stage, kill_workers)
+            ended = await here.end_of(here.submit("delta", "lora", prompts=PROMPTS))
+            assert (done, ended.state, ended.attempt) == ([stage], "succeeded", 1), ended.failure
+            assert (await here.end_of(here.submit("epsilon", "other"))).state == "succeeded"
+
+    asyncio.run(go())
+
+
+def test_a_job_that_kills_every_process_fails_after_so_many_attempts(family, root, tmp_path, monkeypatch):
+    async def go() -> None:
+        async with replica(family, root, tmp_path, registration_attempts=2) as here, here.working():
+            done = at_stage(monkeypatch, "compress", kill_workers, times=9)
+            ended = await here.end_of(here.submit("delta", "full"))
+            assert (len(done), ended.state, ended.attempt) == (2, "failed", 2)
+            assert ended.failure.code == "request_failed"
+            assert "died 2 time(s)" in ended.failure.message
+            assert "-9" in ended.failure.message
+            assert here.catalogue.generation("delta", 1).state == "failed"
+            assert here.served() == {"alpha": 1, "beta": 1}
+            assert here.half_made() == []
+            monkeypatch.undo()
+            assert (await here.end_of(here.submit("delta", "lora"))).generation == 2
+
+    asyncio.run(go())
+
+
+# -- it is cancelled, or takes too long -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["check", "compress", "route", "store", "try", "publish"])
+def test_a_job_is_cancelled_wherever_it_is(stage, family, root, tmp_path, monkeypatch):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working() as supervisor:
+            job = None
+
+            def cancel() -> None:
+                here.catalogue.cancel(job.id, ADMIN)
+                supervisor.wake()
+
+            done = at_stage(monkeypatch, stage, cancel)
+            job = here.submit("delta", "full", prompts=PROMPTS, canaries=(Canary("Add 1", "", "contains"),))
+            ended = await here.end_of(job)
+            assert (done, ended.state) == ([stage], "cancelled")
+            assert here.catalogue.generation("delta", 1).state == "failed"
+            assert here.served() == {"alpha": 1, "beta": 1}
+            again = await here.end_of(here.submit("delta", "lora"))
+            assert (again.state, again.generation) == ("succeeded", 2)
+            assert here.staged() == []
+            assert here.half_made() == []
+
+    asyncio.run(go())
+
+
+def test_a_cancelled_jobs_process_is_killed(family, root, tmp_path, monkeypatch):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working() as supervisor:
+            held: list[int] = []
+            job = None
+
+            def hang() -> None:
+                held.extend(workers())
+                os.kill(held[0], signal.SIGSTOP)
+                here.catalogue.cancel(job.id, ADMIN)
+                supervisor.wake()
+
+            at_stage(monkeypatch, "compress", hang)
+            job = here.submit("delta", "full")
+            assert (await here.end_of(job)).state == "cancelled"
+            assert gone(held[0])
+            assert here.half_made() == []
+
+    asyncio.run(go())
+
+
+def test_a_job_that_takes_too_long_is_stopped(family, root, tmp_path, monkeypatch):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working(seconds=4.0):
+            held: list[int] = []
+
+            def hang() -> None:
+                held.extend(workers())
+                os.kill(held[0], signal.SIGSTOP)
+
+            at_stage(monkeypatch, "compress", hang)
+            ended = await here.end_of(here.submit("delta", "full"))
+            assert (ended.state, ended.failure.code) == ("failed", "registration_timeout")
+            assert "4 s" in ended.failure.message
+            assert gone(held[0])
+            assert (await here.end_of(here.submit("delta", "lora"))).state == "succeeded"
+
+    asyncio.run(go())
+
+
+# -- the supervisor dies, or comes back from the dead -----------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["compress", "store", "try"])
+def test_another_replica_takes_up_a_dead_ones_job(stage, family, root, tmp_path, monkeypatch):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here:
+            died = asyncio.Event()
+            done = at_stage(monkeypatch, stage, died.set)
+            async with here.working("first"):
+                job = here.submit("delta", "full", prompts=PROMPTS)
+                await died.wait()
+            assert (done, here.catalogue.job(job.id).state) == ([stage], "running")
+            assert here.staged() == []
+            assert workers() == []
+            async with here.working("second"):
+                here.catalogue.requeue("first", 3)
+                ended = await here.end_of(job)
+            assert (ended.state, ended.owner, ended.attempt) == ("succeeded", "second", 2)
+            assert here.served()["delta"] == 1
+
+    asyncio.run(go())
+
+
+def test_who_publishes_too_late_changes_nothing(family, root, tmp_path, monkeypatch):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working("zombie"):
+
+            def lose() -> None:
+                here.catalogue.requeue("zombie", 3)
+                assert here.catalogue.claim("other").attempt == 2
+
+            done = at_stage(monkeypatch, "publish", lose)
+            job = here.submit("delta", "lora", prompts=PROMPTS)
+            while not done or here.half_made():
+                await asyncio.sleep(0.02)
+            now = here.catalogue.job(job.id)
+            assert (now.state, now.owner, now.attempt) == ("running", "other", 2)
+            assert here.catalogue.generation("delta", 1).state == "registering"
+            assert here.served() == {"alpha": 1, "beta": 1}
+            assert here.staged() == []
+            assert here.ended == []
+
+    asyncio.run(go())
+
+
+def test_what_a_killed_server_left_is_swept_by_the_next_start(family, root, tmp_path):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here:
+            left = here.options.folder / "work-of-the-dead"
+            left.mkdir(parents=True)
+            (left / "half.safetensors").write_bytes(b"x" * 100)
+            async with here.working():
+                await here.end_of(here.submit("delta", "lora"))
+                assert not left.exists()
+
+    asyncio.run(go())
+
+
+_PARENT = """
+import asyncio, sys
+from pathlib import Path
+from experts.registry.work import Setup, StoreAt
+from service.registrar.work.process import Worker
+
+async def main():
+    worker = await Worker.start(Setup(Path(sys.argv[1]), StoreAt(sys.argv[2], Path(sys.argv[2]))))
+    if sys.argv[3] == "ready":
+        await worker.ready()
+    print(worker.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("when", ["starting", "ready"])
+def test_the_process_dies_with_its_server_however_that_dies(when, family, tmp_path):
+    command = [sys.executable, "-c", _PARENT, str(family.bundle), str(tmp_path), when]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        pid = int(server.stdout.readline())
+        server.kill()
+    assert gone(pid)
