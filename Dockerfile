@@ -24,7 +24,7 @@ WORKDIR /src
 
 # torch and the other dependencies come before the code, so that a change of code rebuilds neither.
 COPY pyproject.toml ./
-RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['otel'], sep='\n')" \
+RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *(one for extra in ('otel', 'postgres', 's3') for one in p['optional-dependencies'][extra]), sep='\n')" \
         > requirements.txt; \
     grep '^torch==' requirements.txt > torch.txt; \
     pip install ${TORCH_INDEX_URL:+--extra-index-url "${TORCH_INDEX_URL}"} -r torch.txt; \

@@ -37,11 +37,11 @@ export HF_HUB_OFFLINE := 1
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help serve test contract check format bench bench-api bench-peers bench-ways clients train study classifier evaluate bundle install install-dev clean distclean
+.PHONY: help serve test contract check format bench bench-api bench-registry bench-peers bench-ways clients train study classifier evaluate bundle install install-dev clean distclean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r target text; do \
-		printf '  make %-12s %s\n' "$$target" "$$text"; done
+		printf '  make %-14s %s\n' "$$target" "$$text"; done
 
 serve: bundle ## Build the embedded bundle if needed, then start the server on HOST:PORT.
 	@exec $(BIN)/twinserve serve --bundle $(BUNDLE) --host $(HOST) --port $(PORT) $(SERVE_ARGS)
@@ -69,6 +69,9 @@ bench: $(VENV)/.installed-bench bundle ## Measure the engine, alone and against 
 
 bench-api: clients ## Measure the API: contracts, schemathesis, 2,000 connections, a soak (40 minutes); BENCH_ARGS='soak' for a part.
 	$(BIN)/python -m benchmarks.api $(BENCH_ARGS)
+
+bench-registry: $(VENV)/.installed-bench bundle ## Measure the registry: kills, isolation, convergence, times (45 minutes; needs PostgreSQL); BENCH_ARGS='kills' for a part.
+	$(BIN)/python -m benchmarks.registry --bundle $(BUNDLE) $(BENCH_ARGS)
 
 bench-peers: install-dev bundle ## Set up llama.cpp, vLLM and OpenVINO for `make bench`, each in its own environment.
 	$(BIN)/python -m benchmarks.peers.family --work $(PEERS)

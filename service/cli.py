@@ -24,7 +24,7 @@ from service.remote.console import URL_VARIABLE
 from service.settings import ENV_PREFIX, Settings
 
 if TYPE_CHECKING:
-    from service.runtime import Runtime
+    from service.runtime import RuntimeSwitch
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def unknown_variables(environment: os._Environ[str] | dict[str, str]) -> list[st
     )
 
 
-def greeting(url: str, runtime: "Runtime", settings: Settings) -> str:
+def greeting(url: str, runtime: "RuntimeSwitch", settings: Settings) -> str:
     """The URL, and one command to try."""
     body: dict[str, Any] = {"model": runtime.bundle_name, "max_tokens": 32}
     if runtime.tokenizer.chat_template:

@@ -142,6 +142,9 @@ def narrowed(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
         for parameter in operation.get("parameters", []):
             if parameter["name"] in _NAMED and parameter["in"] != "path":
                 parameter["schema"] = {**parameter["schema"], "enum": list(names)}
+            if parameter["name"] == "wait":
+                # Jobs end within seconds here; who does not wait finds them half done.
+                parameter["schema"] = {**parameter["schema"], "minimum": 5, "maximum": 30}
     for schema in made.get("components", {}).get("schemas", {}).values():
         for field, told in schema.get("properties", {}).items():
             _narrow(field, told, names)

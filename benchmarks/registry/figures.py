@@ -141,7 +141,8 @@ def of_tokens(found: dict[Kind, Noticed], command: str) -> list[Figure]:
         Figure(
             f"p99 inter-token of 8 streams while {words[kind]} are registered one after the other / without",
             statistics.median(noticed.ratios), "x time", "lower", len(noticed.ratios), command, 1.2, 1.05,
-            note=f"{_ms(noticed.during)} and {_ms(noticed.without)} ms; ratios {min(noticed.ratios):.2f} to {max(noticed.ratios):.2f}; {noticed.begun} registrations "
+            note=f"{_ms(noticed.during)} and {_ms(noticed.without)} ms; "
+            f"ratios {min(noticed.ratios):.2f} to {max(noticed.ratios):.2f}; {noticed.begun} registrations "
             f"were begun, {noticed.registered} ended meanwhile",
         )
         for kind, noticed in found.items()

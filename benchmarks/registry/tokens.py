@@ -5,6 +5,7 @@ import json
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -61,15 +62,16 @@ def run(bundle: Path, rounds: int) -> dict[Kind, Noticed]:
 def _gaps(server: Server, kind: Kind, noticed: Noticed) -> list[float]:
     """Gaps of streams that run while one registration follows the other."""
     stop, begun = threading.Event(), threading.Event()
-    operator = threading.Thread(target=_register_on, args=(server, kind, noticed, stop, begun))
-    operator.start()
-    try:
-        if not begun.wait(60):
-            raise RuntimeError("no registration begins")
-        return asyncio.run(_streams(server))
-    finally:
-        stop.set()
-        operator.join()
+    with ThreadPoolExecutor(1) as pool:
+        operator = pool.submit(_register_on, server, kind, noticed, stop, begun)
+        try:
+            if not begun.wait(60):
+                raise RuntimeError("no registration begins")
+            gaps = asyncio.run(_streams(server))
+        finally:
+            stop.set()
+        operator.result()
+    return gaps
 
 
 def _register_on(
@@ -98,20 +100,23 @@ def _register_on(
 
 async def _streams(server: Server) -> list[float]:
     """Gaps between the tokens of all streams, from when the last of them has begun until the first one ends."""
+    bundle = server.ask("GET", "/admin/bundles")["data"][0]["name"]
     names = [
         each["name"] for each in server.ask("GET", "/admin/experts")["data"] if each["name"] != "replaced"
     ]
     async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
-        arrivals = await asyncio.gather(*(_stream(client, names, number) for number in range(_STREAMS)))
+        arrivals = await asyncio.gather(
+            *(_stream(client, bundle, names, number) for number in range(_STREAMS))
+        )
     begin = max(times[0] for times in arrivals)
     end = min(times[-1] for times in arrivals)
     return [b - a for times in arrivals for a, b in pairwise(times) if begin <= a and b <= end]
 
 
-async def _stream(client: httpx.AsyncClient, names: list[str], number: int) -> list[float]:
+async def _stream(client: httpx.AsyncClient, bundle: str, names: list[str], number: int) -> list[float]:
     pair = (names[number % len(names)], names[(number + 1) % len(names)])
     body: dict[str, Any] = {
-        "model": "shared",
+        "model": bundle,
         "gates": dict(zip(pair, (0.7, 0.3), strict=True)),
         "prompt": f"{number} {time.monotonic()}: a long story about a river, a candle and a mountain.",
         "max_tokens": _TOKENS,

@@ -29,14 +29,18 @@ class BudgetAllocation:
         self._budget = budget_bytes
         self._widths = tuple(widths)
         self._held: dict[str, Decomposed] = {}
+        self._bytes = 0
+        """Of all that is held, in the narrowest form."""
 
     def add(self, name: str, decomposition: Decomposed) -> None:
         """Take one more matrix."""
         self._held[name] = decomposition
+        self._bytes += self._narrow(decomposition)
         limit = _SLACK * self._budget
-        if sum(part.U.shape[1] * self._least(part) for part in self._held.values()) > 2 * limit:
+        if self._bytes > 2 * limit:
             for kept, counts in self._greedy(limit, fill=False).items():
                 self._held[kept] = self._held[kept].kept(sum(counts.values()))
+            self._bytes = sum(map(self._narrow, self._held.values()))
 
     def counts(self, reserved_bytes: int) -> dict[str, tuple[Decomposed, Counts]]:
         """Each matrix with what is bought of it, once all are in.
@@ -56,6 +60,10 @@ class BudgetAllocation:
             )
         bought = self._greedy(left, fill=True)
         return {name: (part, bought[name]) for name, part in self._held.items()}
+
+    def _narrow(self, part: Decomposed) -> int:
+        """Bytes of all that is held of one matrix, in the narrowest form."""
+        return part.U.shape[1] * self._least(part)
 
     def _least(self, part: Decomposed) -> int:
         """Bytes of one singular value with its two vectors, in the narrowest form."""

@@ -7,6 +7,7 @@ the bundle knows of it, δ_t = (θ* − θ₀) + v_t. One tensor of each is in m
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,15 @@ def _add_experts(
             shared,
             base_delta,
             spec,
-            lambda name, places=places: report("experts", places[name], total, name),
+            partial(_told, report, places, total),
             statistics,
         )
         writer.add_expert(member.name, compressed, member.source, shared, spec)
         report("experts", (index + 1) * len(shared.names), total, shared.names[-1])
+
+
+def _told(report: Progress, places: Mapping[str, int], total: int, name: str) -> None:
+    report("experts", places[name], total, name)
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ def _router(
         )
     if not known.training:
         return None
-    kind = next((kind for kind in _LEARNING if kind == before.kind), "gaussian")
+    kind: Kind = next((kind for kind in _LEARNING if kind == before.kind), "gaussian")
     return fit_router(
         kind,
         known.training,

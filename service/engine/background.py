@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 _NICE = 10
-"""Of the scheduler's 19: it still gets on while every core is busy, at about a tenth of the engine's share."""
+"""Added to the server's own, 19 being the least: it still gets on while every core is busy, at about a tenth of the
+engine's share."""
 
 
 def background_thread(name: str) -> ThreadPoolExecutor:
@@ -16,11 +17,12 @@ def background_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, name, give_way)
 
 
-def give_way(threads: int = 1) -> None:
+def give_way(threads: int = 1, nice: int = _NICE) -> None:
     """Limit the calling thread to so many torch threads, and lower its priority where threads have one (Linux).
 
     Threads that it starts inherit that, so it must not start an engine's.
     """
     torch.set_num_threads(threads)
+    own = threading.get_native_id()
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        os.setpriority(os.PRIO_PROCESS, own, min(os.getpriority(os.PRIO_PROCESS, own) + nice, 19))

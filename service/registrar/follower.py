@@ -14,7 +14,6 @@ from service.errors import (
     ExpertNotLoadedError,
     ExpertUnavailableError,
     RegistryUnavailableError,
-    TwinserveError,
 )
 from service.registrar.calls import Calls
 from service.registrar.family import CatalogueFamily
@@ -112,7 +111,7 @@ class Follower:
                 try:
                     await self._catch_up()
                     pause = self._poll_seconds
-                except (ExpertsError, TwinserveError, OSError, TimeoutError) as error:
+                except Exception as error:  # noqa: BLE001 who stops following serves old experts for ever
                     self._trouble(error)
                     pause = min(pause * 2, _LONGEST_RETRY_SECONDS)
                     await asyncio.sleep(pause)

@@ -134,6 +134,9 @@ class Loading:
             self._current.pop(name, None)
         self._current.update((key.name, key.generation) for key in publish)
         self._keep_routers(snapshot)
+        for key in set(staged) - set(publish):
+            # Its trial holds it from now on, and lets it go in the end.
+            await self._live.unstage(key)
 
     def _news(self, snapshot: Snapshot) -> list[ExpertKey]:
         return [

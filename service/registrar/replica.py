@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from experts.errors import ExpertsError
 from experts.registry.catalogue import Catalogue
 from experts.registry.records import Replica
+from service.errors import TwinserveError
 from service.registrar.calls import Calls
 from service.registrar.sink import RegistrySink
 
@@ -34,7 +35,9 @@ class Heartbeat:
 
     Args:
         catalogue: where replicas report.
-        describe: this replica as it is now, given its beat; called on the event loop.
+        replica: this replica's id.
+        describe: it as it is now, given its beat; called on the event loop. Without an engine there is nothing to
+            tell: TwinserveError, and this replica counts as dead.
         calls: threads.
         sink: counts.
         attempts: how often a job is begun before it counts as failed.
@@ -44,6 +47,7 @@ class Heartbeat:
     def __init__(
         self,
         catalogue: Catalogue,
+        replica: str,
         describe: Callable[[int], Replica],
         calls: Calls,
         sink: RegistrySink,
@@ -52,6 +56,7 @@ class Heartbeat:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._catalogue = catalogue
+        self._replica = replica
         self._describe = describe
         self._calls = calls
         self._sink = sink
@@ -67,7 +72,7 @@ class Heartbeat:
             try:
                 await self.beat()
                 self._troubled = False
-            except (ExpertsError, OSError, TimeoutError) as error:
+            except (ExpertsError, TwinserveError, OSError, TimeoutError) as error:
                 if not self._troubled:
                     _log.warning("this replica cannot report itself: %s", error)
                 self._troubled = True
@@ -95,9 +100,8 @@ class Heartbeat:
 
     async def leave(self) -> None:
         """Say that this replica ends: its jobs go to others at once, and do not count as an attempt that died."""
-        own = self._describe(self._beat).id
-        await self._calls(lambda: self._catalogue.requeue(own, _NO_LIMIT))
-        await self._calls(lambda: self._catalogue.drop_replica(own))
+        await self._calls(lambda: self._catalogue.requeue(self._replica, _NO_LIMIT))
+        await self._calls(lambda: self._catalogue.drop_replica(self._replica))
 
     def _dead(self, others: list[Replica]) -> list[Replica]:
         now = self._clock()

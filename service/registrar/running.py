@@ -77,6 +77,7 @@ class RunningRegistry:
         self._jobs = Calls(4)
         self._heartbeat = Heartbeat(
             registry.catalogue,
+            self.replica,
             self._describe,
             self._beats,
             sink,

@@ -83,7 +83,10 @@ class Sources:
             ValueError: a URL prefix, the store's options or the file of trusted keys cannot be used.
         """
         secret = settings.blob_options
-        options: dict[str, Any] = json.loads(secret.get_secret_value()) if secret is not None else {}
+        try:
+            options: dict[str, Any] = json.loads(secret.get_secret_value()) if secret is not None else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"blob_options is not a JSON object: {error}") from error
         try:
             policy = FetchPolicy(
                 parse_prefixes(settings.source_urls),
@@ -97,7 +100,7 @@ class Sources:
         except ExpertsError as error:
             raise ValueError(str(error)) from error
         limits = UploadLimits(settings.max_source_bytes, settings.max_uploads, settings.upload_seconds)
-        uploads = UploadStore(state / "uploads", limits)
+        uploads = UploadStore(state / "uploads", limits, released=pins.unpin_blobs)
         return cls(settings.experts_root, uploads, policy, settings.signature_keys, blobs, pins)
 
     def admit(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +148,7 @@ class Sources:
             TwinserveError: there is none of that id, or it is being written to.
         """
         with refusing("upload"):
-            self.uploads.remove(upload_id, self._pins.unpin_blobs)
+            self.uploads.remove(upload_id)
 
     def expire(self) -> None:
         """Remove uploads that have rested too long.
@@ -154,7 +157,7 @@ class Sources:
             TwinserveError: the disk or the catalogue refuses.
         """
         with refusing("upload"):
-            self.uploads.expire(self._pins.unpin_blobs)
+            self.uploads.expire()
 
     def _store(self, upload_id: str, signature: str | None) -> Files:
         """What the blob store holds of an upload; puts it there the first time."""

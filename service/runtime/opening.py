@@ -1,6 +1,7 @@
 """From a family of experts, a bundle on disk or what a catalogue says, to a running runtime."""
 
 import logging
+import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -19,9 +20,12 @@ from service.gating.slots import SlotPool
 from service.runtime.config import RuntimeConfig
 from service.runtime.family import Family
 from service.runtime.runtime import Runtime
-from service.runtime.thread import StatsSink
+from service.runtime.thread import ENGINE_THREAD, StatsSink
 
 _log = logging.getLogger(__name__)
+
+_BESIDE_NICE = 5
+"""Of an opening beside a running engine: it shall not take the engine's cores, nor for ever."""
 
 
 def open_runtime(family: Family, config: RuntimeConfig, stats: StatsSink | None = None) -> Runtime:
@@ -39,10 +43,12 @@ def open_runtime(family: Family, config: RuntimeConfig, stats: StatsSink | None 
     threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     config = replace(config, threads=threads)
+    running = any(thread.name == ENGINE_THREAD for thread in threading.enumerate())
+    nice = _BESIDE_NICE if running else 0
     # Making weights takes seconds; loads must not wait for it.
     beside = (loader_thread(), loader_thread())
     try:
-        with ThreadPoolExecutor(1, "twinserve-opening", give_way, (threads,)) as pool:
+        with ThreadPoolExecutor(1, "twinserve-opening", give_way, (threads, nice)) as pool:
             engine, tokenizer = pool.submit(_open, family, config, beside).result()
     except BaseException:
         for executor in beside:

@@ -72,6 +72,7 @@ class Runtime:
         self.state_size = engine.model.width
         self.max_context = engine.model.options.max_tokens
         self.max_batch = config.engine.limits.max_running
+        self.threads = config.threads
         self._device = engine.model.device
         self._served: Engine | None = engine
         self._last: EngineGauges | None = None
@@ -438,10 +439,15 @@ class Runtime:
         return future
 
     async def _call(self, change: Command) -> None:
-        """Run `change` on the engine thread between two steps."""
+        """Run `change` on the engine thread between two steps.
+
+        Whoever is cancelled meanwhile leaves when it is done, or will not be: nothing goes on behind his back.
+        """
         future: Future[None] = Future()
 
         def command(result: StepResult) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 change(result)
                 future.set_result(None)
@@ -449,7 +455,13 @@ class Runtime:
                 future.set_exception(error)
 
         self._thread.send(command)
-        await asyncio.wrap_future(future)
+        waiter = asyncio.wrap_future(future)
+        try:
+            await asyncio.shield(waiter)
+        except asyncio.CancelledError:
+            if not future.cancel():
+                await asyncio.wait([waiter])
+            raise
 
     def _cancel(self, request_id: str) -> None:
         # When the engine has ended, so has the request.

@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from experts.bundle import ExpertWeights
@@ -109,7 +110,7 @@ class RuntimeSwitch:
                 # Never three: the one before the current has to be gone first.
                 await asyncio.shield(self._farewell)
             self._check_memory(self._current.nbytes if nbytes is None else nbytes)
-            opening = asyncio.create_task(asyncio.to_thread(open_new))
+            opening = asyncio.create_task(asyncio.to_thread(_opened, open_new, self._current.threads))
             try:
                 new = await asyncio.shield(opening)
             except asyncio.CancelledError:
@@ -313,6 +314,13 @@ class RuntimeSwitch:
         for runtime in (self._leaving, self._current):
             if runtime is not None:
                 runtime.close()
+
+
+def _opened(open_new: Callable[[], Runtime], threads: int | None) -> Runtime:
+    """On a thread, which has as many torch threads as the one had that opened the first runtime."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return open_new()
 
 
 def _discard(opening: asyncio.Task[Runtime]) -> None:

@@ -20,6 +20,9 @@ Command = Callable[[StepResult], None]
 """Something to do on the engine thread between two steps; it may add events."""
 
 
+ENGINE_THREAD = "twinserve-engine"
+"""The name of every engine's thread."""
+
 _JOIN_SECONDS = 60
 
 _STALL_SECONDS = 0.05
@@ -70,7 +73,7 @@ class EngineThread:
         self._inbox: deque[Command] = deque()
         self._closing = False
         self._nudged = False
-        self._thread = threading.Thread(target=self._run, name="twinserve-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
 
     def start(self) -> None:
         """Begin."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from experts.registry.catalogue import Catalogue
 from experts.registry.work import entry_script
 from tests.api.harness import ADMIN_KEY, Served, eventually
 
@@ -115,6 +116,15 @@ def _operation(url: str, method: str, path: str) -> dict[str, Any] | None:
     """What the document says of a request; None where it knows no such route."""
     found = (told for pattern, told in _operations(url) if pattern.fullmatch(path))
     return next((told[method.lower()] for told in found if method.lower() in told), None)
+
+
+def blob_of(state: Path, name: str, number: int, file: str = "expert.safetensors") -> Path:
+    """Where a generation's file lies, with the registry's folder."""
+    catalogue = Catalogue.open(f"sqlite:///{state / 'catalogue.sqlite'}")
+    digest = catalogue.generation(name, number).files[file].sha256
+    catalogue.close()
+    [found] = (state / "blobs").rglob(digest)
+    return found
 
 
 def parsed_events(text: str) -> list[tuple[str, str, dict[str, Any]]]:

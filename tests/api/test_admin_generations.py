@@ -117,6 +117,7 @@ def test_a_change_builds_on_the_generation_that_it_names_or_is_refused(
     assert both.status_code == 400
     assert admin.text(model=name) == (truth["two"], {name: 2})
     assert admin.ask(method, path, body, headers={"If-Match": '"2"'}).status_code == 200
+    admin.ask("DELETE", f"/experts/{name}/trial")
 
 
 @pytest.mark.parametrize("action", ["disable", "enable", ""])
@@ -306,6 +307,12 @@ def test_a_shadow_answers_nobody(admin: Operator) -> None:
     answer = admin.ask("PUT", "/experts/shade/trial", shadow)
     assert answer.status_code == 200, answer.text
     assert answer.json()["trial"]["kind"] == "shadow"
+    # Shares of trials are beside each other: there is no room for another.
+    admin.registered(name="crowd", path="one")
+    admin.registered(name="crowd", path="two", replace=True, activate=False)
+    crowded = admin.ask("PUT", "/experts/crowd/trial", {"generation": 2, "kind": "canary", "percent": 1})
+    assert crowded.status_code == 409
+    assert error_of(crowded)["code"] == "wrong_state"
     for prompt in PROMPTS[:10]:
         generations = admin.text(prompt=prompt, max_tokens=1)[1]
         assert generations.get("shade", 1) == 1

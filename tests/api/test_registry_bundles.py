@@ -14,8 +14,8 @@ from experts.registry.blobs import Blobs
 from experts.registry.catalogue import Catalogue
 from experts.registry.records import Actor, BundleRecord
 from tests.api.harness import ADMIN_KEY, eventually, serving
-from tests.api.operators import Operator
-from tests.fixtures.tiny import TinyFamily, tiny_family
+from tests.api.operators import PROMPTS, Operator
+from tests.fixtures.tiny import TinyFamily, tiny_family, tiny_lora
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,33 @@ def test_a_bundle_that_cannot_be_had_leaves_the_old_one_serving(
         assert eventually(lambda: admin.text(model="alpha")[1] == {"alpha": 2}, 30)
         assert eventually(lambda: admin.get("/registry")["problem"] == "", 20)
         catalogue.close()
+
+
+def test_a_bundle_is_rebuilt_over_all_experts_that_serve_and_goes_on_from_there(
+    family: TinyFamily, options: dict[str, Any], tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    tiny_lora(root / "one", family.base, rank=4, seed=71)
+    tiny_lora(root / "two", family.base, rank=2, seed=72)
+    options = {**options, "registry_poll_seconds": 0.2, "experts_root": root}
+    with serving(family.bundle, **options) as served:
+        admin = Operator(served)
+        admin.registered(name="colours", path="one", prompts=PROMPTS)
+        before = admin.get("/registry")["build_id"]
+        begun = admin.post("/bundles", {})
+        assert begun.status_code == 202, begun.text
+        ended = admin.ended(begun.json()["id"])
+        assert ended["state"] == "succeeded", ended
+        assert eventually(lambda: admin.get("/registry")["build_id"] != before, 20)
+        rebuilt = admin.text(model="colours")
+        assert rebuilt[1] == {"colours": 2}
+        assert admin.text(model="alpha")[1] == {"alpha": 2}
+        assert admin.served.complete(prompt=PROMPTS[0], max_tokens=1)["routing"]["gates"] == {"colours": 1.0}
+        assert admin.registered(name="later", path="two")["generation"] == 1
+        later = admin.text(model="later")
+        assert admin.served.metric('twinserve_registry_jobs_total{kind="rebuild",state="succeeded"}') == 1
+        assert admin.served.metric('twinserve_registry_jobs_total{kind="register",state="succeeded"}') == 2
+        assert admin.served.metric('twinserve_registry_job_seconds_count{kind="register"}') == 2
+    with serving(family.bundle, **options) as served:
+        assert Operator(served).text(model="colours") == rebuilt
+        assert Operator(served).text(model="later") == later

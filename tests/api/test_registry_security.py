@@ -3,6 +3,7 @@
 import base64
 import os
 import re
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,38 @@ def test_a_safetensors_bomb_in_a_folder_or_behind_a_url_is_refused(
     expect(register(admin, path=folder.name), 422, "expert_rejected", WEIGHTS, why)
     site.put(folder, "/ok/bomb")
     expect(register(admin, url=f"http://localhost:{site.port}/ok/bomb"), 422, "expert_rejected", WEIGHTS, why)
+
+
+GGUF_BOMBS = {
+    "empty": b"",
+    "magic alone": b"GGUF",
+    "no GGUF": b"x" * 100,
+    "2^63 tensors": b"GGUF" + struct.pack("<IQQ", 3, 2**63, 0),
+    "2^63 fields": b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63),
+    "a key of 2^63 bytes": b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63) + b"x" * 64,
+    "an array of 2^62 numbers": b"GGUF"
+    + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 2**62)
+    + b"x" * 64,
+    "a tensor of 2^63 dimensions": b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 2**31) + b"x" * 64,
+    "a tensor beyond the file": b"GGUF"
+    + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2**40, 0, 2**62)
+    + b"x" * 64,
+}
+
+
+@pytest.mark.parametrize("kind", GGUF_BOMBS)
+def test_a_gguf_that_lies_is_refused(admin: Served, kind: str) -> None:
+    expect(send(admin, {"lora.gguf": GGUF_BOMBS[kind]}), 422, "expert_rejected", "lora.gguf")
+
+
+@pytest.mark.parametrize(
+    "report",
+    [b"{}", b"[]", b"{", b'{"tensors": []}', b'{"auto_map": {"x": "y"}}', b'{"tensors": [{"name": "x"}]}'],
+)
+def test_a_ready_expert_that_fits_nothing_is_refused(admin: Served, tmp_path: Path, report: bytes) -> None:
+    save_file({"model.nothing.weight.S": torch.ones(2)}, tmp_path / "expert.safetensors")
+    weights = (tmp_path / "expert.safetensors").read_bytes()
+    expect(send(admin, {"expert.json": report, "expert.safetensors": weights}), 422, "expert_rejected")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

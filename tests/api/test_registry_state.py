@@ -18,11 +18,11 @@ import pytest
 
 from experts.bundle import Bundle
 from experts.errors import BundleError
-from experts.registry.catalogue import Catalogue, rows
+from experts.registry.catalogue import rows
 from service.registrar import open_registry
 from service.settings import Settings
 from tests.api.harness import ADMIN_KEY, Served, error_of, eventually, serving
-from tests.api.operators import PROMPTS, Operator
+from tests.api.operators import PROMPTS, Operator, blob_of
 from tests.fixtures.mounts import mounted
 from tests.fixtures.tiny import TinyFamily, tiny_family, tiny_lora
 
@@ -45,15 +45,6 @@ def options(root: Path, tmp_path: Path) -> dict[str, Any]:
 def operating(bundle: Path, **options: Any) -> Iterator[Operator]:
     with serving(bundle, **options) as served:
         yield Operator(served)
-
-
-def blob_of(state: Path, name: str, number: int, file: str = "expert.safetensors") -> Path:
-    """Where a generation's file lies."""
-    catalogue = Catalogue.open(f"sqlite:///{state / 'catalogue.sqlite'}")
-    digest = catalogue.generation(name, number).files[file].sha256
-    catalogue.close()
-    [found] = [path for path in (state / "blobs").rglob("*") if path.is_file() and digest[8:] in path.name]
-    return found
 
 
 def test_what_was_registered_changed_and_retired_is_so_after_a_restart(
@@ -271,3 +262,31 @@ def test_a_name_that_is_nowhere_is_unknown_at_once(family: TinyFamily, options: 
 
 def _asks(served: Served, model: str) -> int:
     return served.post("/v1/completions", {"model": model, "prompt": "a"}, timeout=5).status_code
+
+
+def test_a_canary_gets_its_share_until_it_is_ended_or_goes_live(
+    family: TinyFamily, options: dict[str, Any]
+) -> None:
+    prompt = "¿Cómo se dice «river» en español?"
+
+    def generation(admin: Operator) -> int:
+        generations = admin.served.complete(prompt=prompt, max_tokens=1)["routing"]["generations"]
+        return int(generations["beta"])
+
+    with operating(family.bundle, **options) as admin:
+        assert generation(admin) == 1
+        begun = admin.begin(name="beta", path="one", replace=True, trial={"kind": "canary", "percent": 100})
+        assert admin.ended(begun.json()["id"])["state"] == "succeeded"
+        assert eventually(lambda: generation(admin) == 2)
+        assert admin.text(model="beta")[1] == {"beta": 1}
+        assert admin.get("/experts/beta")["generation"] == 1
+    with operating(family.bundle, **options) as admin:
+        assert eventually(lambda: generation(admin) == 2)
+        assert admin.text(model="beta")[1] == {"beta": 1}
+        assert admin.ask("DELETE", "/experts/beta/trial").status_code == 200
+        assert generation(admin) == 1
+        held = admin.get("/experts/beta")["in_memory"]
+        assert held.keys() == {"1"}
+        assert admin.post("/experts/beta/activate", {"generation": 2}).status_code == 200
+        assert generation(admin) == 2
+        assert admin.text(model="beta")[1] == {"beta": 2}

@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from experts.registry.work import read_profile
+from experts.bundle import Bundle
+from experts.registry.work import Limits, Prepared, RegisterTask, Setup, StoreAt, read_profile
+from service.errors import LimitExceededError
 from service.registrar.checks import Canary, TrialAsked
+from service.registrar.work.process import Worker, Workers
 from tests.fixtures.tiny import TinyFamily, tiny_family, tiny_fine_tune, tiny_lora
 from tests.model.registry_bench import (
     ADMIN,
@@ -336,21 +341,47 @@ def test_a_cancelled_jobs_process_is_killed(family, root, tmp_path, monkeypatch)
     asyncio.run(go())
 
 
-def test_a_job_that_takes_too_long_is_stopped(family, root, tmp_path, monkeypatch):
+def test_a_job_that_takes_too_long_is_stopped(family, root, tmp_path):
     async def go() -> None:
-        async with replica(family, root, tmp_path) as here, here.working(seconds=4.0):
-            held: list[int] = []
+        async with replica(family, root, tmp_path) as here:
+            async with here.working(seconds=0.5):
+                while not workers():
+                    await asyncio.sleep(0.01)
+                [held] = workers()
+                os.kill(held, signal.SIGSTOP)
+                ended = await here.end_of(here.submit("delta", "full"))
+                assert (ended.state, ended.failure.code) == ("failed", "registration_timeout")
+                assert "0.5 s" in ended.failure.message
+                assert gone(held)
+            async with here.working():
+                assert (await here.end_of(here.submit("delta", "lora"))).state == "succeeded"
 
-            def hang() -> None:
-                held.extend(workers())
-                os.kill(held[0], signal.SIGSTOP)
+    asyncio.run(go())
 
-            at_stage(monkeypatch, "compress", hang)
-            ended = await here.end_of(here.submit("delta", "full"))
-            assert (ended.state, ended.failure.code) == ("failed", "registration_timeout")
-            assert "4 s" in ended.failure.message
-            assert gone(held[0])
-            assert (await here.end_of(here.submit("delta", "lora"))).state == "succeeded"
+
+def test_a_process_that_gets_no_more_memory_says_so_and_is_replaced(family, tmp_path):
+    large = tmp_path / "large"
+    large.mkdir()
+    (large / "config.json").write_bytes((family.base / "config.json").read_bytes())
+    save_file({"w": torch.zeros(2**22)}, large / "model.safetensors")
+    store = StoreAt(str(tmp_path / "blobs"), tmp_path / "cache")
+    build_id = Bundle.open(family.bundle).manifest.build_id
+    task = RegisterTask(family.bundle, build_id, "delta", large, foreign=False, folder=tmp_path)
+
+    async def go() -> None:
+        unbound = await Worker.start(Setup(family.bundle, store))
+        await unbound.ready()
+        status = Path(f"/proc/{unbound.pid}/status").read_text()
+        await unbound.kill()
+        [used] = [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData")]
+        setup = Setup(family.bundle, store, Limits(nbytes=used + 2**22))
+        pool = Workers(lambda: setup, warm=True)
+        async with pool.one() as worker:
+            with pytest.raises(LimitExceededError, match="TWINSERVE_REGISTRATION_BYTES"):
+                await worker.ask(task, Prepared, lambda step: None)
+            assert not worker.usable
+        assert pool.pid is None
+        assert gone(worker.pid)
 
     asyncio.run(go())
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator
@@ -321,6 +322,33 @@ def test_an_expert_is_replaced_and_retired_while_requests_hold_it(bundle):
             assert events[-1].routing.generations == {"alpha": 2}
             assert _tokens(events) == expected_new
             assert {(s.name, s.generation) for s in runtime.experts()} == {("alpha", 2), ("gamma", 1)}
+
+    asyncio.run(scenario())
+
+
+def test_whoever_gives_up_on_a_change_does_not_hurt_the_engine(bundle):
+    async def scenario() -> None:
+        async with _open(bundle) as runtime:
+            release = threading.Event()
+            running = runtime.submit(_request("r", {"alpha": 1.0}, tokens=20))
+            await anext(running)
+            runtime._thread.send(lambda _: release.wait(60))
+            changing = asyncio.create_task(
+                runtime.apply(LiveChange(retire=("beta",), router=bundle.router()))
+            )
+            while not runtime._changing.locked() or runtime._preparing._work_queue.qsize():
+                await asyncio.sleep(0)
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            changing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await changing
+            release.set()
+            assert isinstance((await _events(running))[-1], Finished)
+            assert runtime.expert_names() == {"alpha", "beta", "gamma"}
+            await runtime.apply(LiveChange(retire=("beta",), router=bundle.router()))
+            assert runtime.expert_names() == {"alpha", "gamma"}
+            assert runtime.alive
 
     asyncio.run(scenario())
 

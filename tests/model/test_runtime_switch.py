@@ -191,6 +191,28 @@ def test_changes_reach_the_bundle_that_serves(blue, green):
     asyncio.run(scenario())
 
 
+def test_the_new_runtime_computes_with_as_many_threads_as_the_old_one(blue, green):
+    def opened(bundle: Bundle) -> Runtime:
+        return open_runtime(bundle, RuntimeConfig(EngineOptions(limits=Limits(4)), dtype="float32"))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = opened(blue)
+    finally:
+        torch.set_num_threads(before)
+
+    async def scenario() -> None:
+        switch = RuntimeSwitch(first)
+        try:
+            await switch.swap(lambda: opened(green))
+            assert switch.runtime.threads == first.threads == 2
+        finally:
+            await asyncio.to_thread(switch.close)
+
+    asyncio.run(scenario())
+
+
 def test_without_memory_for_two_nothing_is_opened(blue):
     async def scenario() -> None:
         switch = RuntimeSwitch(_opened(blue), available=lambda: 1 << 16)

@@ -169,7 +169,7 @@ class Blobs:
         return self._store.list()
 
     def delete(self, sha256: str) -> None:
-        """Delete a blob and its cached copy; folders that have it keep it until they are trimmed."""
+        """Delete a blob and its cached copy; folders that have it keep it until `tidy`."""
         self._store.delete(sha256)
 
     def sweeping(self) -> AbstractContextManager[None]:
@@ -191,6 +191,10 @@ class Blobs:
     def trim(self) -> None:
         """Remove what was not used for longest from a cache that is too large."""
         self._cache.trim()
+
+    def tidy(self) -> None:
+        """Remove cached folders of blobs that were deleted, but for those that were asked for just now."""
+        self._cache.tidy()
 
     def close(self) -> None:
         """Close connections; the object is not usable afterwards."""

@@ -166,6 +166,16 @@ class Cache:
                 held.subtract(item.inodes.keys())
                 total -= sum(sizes[inode] for inode in item.inodes if not held[inode])
 
+    def tidy(self) -> None:
+        """Remove folders of blobs that were deleted: their links would keep the bytes on the disk."""
+        items = self._items()
+        held = Counter(inode for item in items for inode in item.inodes if item.path.parent == self._folders)
+        recent = time.time() - _IN_USE_SECONDS
+        for item in items:
+            lone = any(links <= held[inode] for inode, (_, links) in item.inodes.items())
+            if lone and item.path.parent == self._folders and item.used <= recent:
+                shutil.rmtree(item.path, ignore_errors=True)
+
     def _items(self) -> list[_Item]:
         found = []
         for path in [*self.root.glob("sha256/??/*"), *self._folders.glob("*")]:

@@ -238,13 +238,17 @@ def _open_postgresql(url: URL, read_only: bool) -> Database:
             "a catalogue in PostgreSQL needs psycopg; install twinserve with the extra `postgres`"
         ) from error
     database = Database(url, engine, writable=True)
-    with database.read() as connection:
-        standby = connection.execute(text("SELECT pg_is_in_recovery()")).scalar_one()
-        table = connection.execute(text("SELECT to_regclass('registry') IS NOT NULL")).scalar_one()
-        may = (
-            not table
-            or connection.execute(text("SELECT has_table_privilege('registry', 'UPDATE')")).scalar_one()
-        )
+    try:
+        with database.read() as connection:
+            standby = connection.execute(text("SELECT pg_is_in_recovery()")).scalar_one()
+            table = connection.execute(text("SELECT to_regclass('registry') IS NOT NULL")).scalar_one()
+            may = (
+                not table
+                or connection.execute(text("SELECT has_table_privilege('registry', 'UPDATE')")).scalar_one()
+            )
+    except CatalogueError:
+        engine.dispose()
+        raise
     database.writable = not read_only and not standby and bool(may)
     return database
 

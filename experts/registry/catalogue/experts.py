@@ -213,12 +213,24 @@ def check_trial(change: Change, live: int | None, trial: Trial) -> None:
 
     Raises:
         RecordNotFoundError: there is no such generation, or router.
-        TransitionError: the generation serves already or is not ready, or the share is not in (0, 100].
+        TransitionError: the generation serves already or is not ready, or the share is not in (0, 100], or not with
+            those of the other experts' trials.
     """
     if not 0 < trial.percent <= 100:
         raise TransitionError(f"a trial takes more than 0 and at most 100 percent, not {trial.percent}")
     if trial.generation == live:
         raise TransitionError(f"generation {live} of {trial.name!r} serves already; it needs no trial")
+    others = change.connection.execute(
+        select(tables.experts.c.trial).where(
+            tables.experts.c.trial.is_not(None), tables.experts.c.name != trial.name
+        )
+    ).scalars()
+    taken = sum(float(other["percent"]) for other in others if other)
+    if taken + trial.percent > 100:
+        raise TransitionError(
+            f"trials of other experts take {taken:g} percent of routed requests, so there is no room for "
+            f"{trial.percent:g} more; end one, or take less"
+        )
     change.usable_generation(trial.name, trial.generation)
     if trial.router is not None:
         change.router_row(trial.router)

@@ -6,6 +6,7 @@ from experts.bundle import Bundle
 from experts.bundle_manifest import EXPERT_FILES, SHARED_NAME
 from experts.checkpoint import FineTune, open_fine_tune
 from experts.checkpoint.compatibility import require_same_tokenizer
+from experts.checkpoint.gguf_file import find_gguf
 from experts.checkpoint.gguf_lora import GgufLora
 from experts.checkpoint.lora import LoraFineTune
 from experts.checkpoint.mark import SharedMark, read_mark, shared_digest
@@ -53,7 +54,7 @@ def open_source(name: str, path: Path, bundle: Bundle) -> FineTune:
     own = mark_of(bundle)
     if told.digest != own.digest:
         raise MismatchError(
-            f"{path} is over the shared expert {told.digest[:12]} of bundle {told.bundle!r}, this one is "
+            f"{_marked(path)} is over the shared expert {told.digest[:12]} of bundle {told.bundle!r}, this one is "
             f"{own.digest[:12]} of {own.bundle!r}; register the fine-tune that it was made of"
         )
     if (path / "adapter_config.json").is_file():
@@ -66,3 +67,11 @@ def open_source(name: str, path: Path, bundle: Bundle) -> FineTune:
         adapter = GgufLora(name, path, bundle.shared)
     kept = kept_adapter(adapter, exactly, bundle.shared) if exactly else None
     return OverShared(name, path, bundle, adapter.delta, adapter.files, kept)
+
+
+def _marked(folder: Path) -> Path:
+    """The file of a marked source that people know it by."""
+    for name in ("adapter_config.json", EXPERT_FILES[0]):
+        if (folder / name).is_file():
+            return folder / name
+    return find_gguf(folder) or folder

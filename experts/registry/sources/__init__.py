@@ -17,7 +17,8 @@ from experts.registry.sources.signing import (
     signature_beside,
     verify,
 )
-from experts.registry.sources.uploads import Upload, UploadLimits, UploadStore, read_files, write_files
+from experts.registry.sources.upload import Upload, UploadLimits, read_files, write_files
+from experts.registry.sources.uploads import UploadStore
 from experts.registry.sources.writer import FileWriter
 
 __all__ = [

@@ -10,17 +10,15 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from experts.bundle_files import digest
 from experts.bundle_manifest import FileEntry
 from experts.errors import (
-    CheckpointError,
     OffsetError,
     RecordNotFoundError,
     RegistryFullError,
@@ -30,74 +28,13 @@ from experts.errors import (
 from experts.registry.records import Files, new_id
 from experts.registry.sources.disk import disk, locked, sync_folder, try_lock
 from experts.registry.sources.names import check_file_name
+from experts.registry.sources.upload import Upload, UploadLimits, UploadState
 from experts.registry.sources.writer import FileWriter
 
 _STATE = "upload.json"
 _FILES = "files"
 _LOCK = ".lock"
 _ID = re.compile(r"upload-[0-9a-f]{24}")
-
-
-@dataclass(frozen=True, slots=True)
-class UploadLimits:
-    """What uploads may take.
-
-    Attributes:
-        nbytes: of the files of one upload together.
-        uploads: that are begun and not registered.
-        seconds: for which one may rest before it is removed.
-    """
-
-    nbytes: int
-    uploads: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """One upload.
-
-    Attributes:
-        files: name → bytes that are safe on the disk.
-        registered: what the blob store holds of it, once it was registered; its own files are gone then.
-        expires_in: seconds until it is removed if nothing happens.
-    """
-
-    id: str
-    files: Mapping[str, int]
-    registered: Files = field(default_factory=dict)
-    expires_in: float = 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Of all files."""
-        return sum(self.files.values())
-
-
-def read_files(told: Mapping[str, Any]) -> Files:
-    """What `write_files` wrote.
-
-    Raises:
-        CheckpointError: it is not that.
-    """
-    try:
-        return {check_file_name(name): FileEntry.model_validate(entry) for name, entry in told.items()}
-    except ValidationError as error:
-        raise CheckpointError("the job does not tell the digests of its upload; register it again") from error
-
-
-def write_files(files: Files) -> dict[str, Any]:
-    """Files as JSON."""
-    return {name: entry.model_dump() for name, entry in files.items()}
-
-
-class _State(BaseModel):
-    """upload.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    files: Mapping[str, int] = {}
-    registered: Mapping[str, FileEntry] = {}
 
 
 class UploadStore:
@@ -108,12 +45,20 @@ class UploadStore:
     Args:
         root: made when the first upload begins.
         clock: monotonic seconds.
+        released: called with each id before its upload is gone, so that nothing is kept for it for ever.
     """
 
-    def __init__(self, root: Path, limits: UploadLimits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        root: Path,
+        limits: UploadLimits,
+        clock: Callable[[], float] = time.monotonic,
+        released: Callable[[str], object] = lambda _: None,
+    ) -> None:
         self._root = root
         self._limits = limits
         self._clock = clock
+        self._released = released
         self._lock = threading.RLock()
         self._depth = 0
         self._seen: dict[str, tuple[int, float]] = {}
@@ -145,7 +90,7 @@ class UploadStore:
                 )
             upload_id = new_id("upload")
             (self._root / upload_id / _FILES).mkdir(mode=0o700, parents=True)
-            self._write_state(upload_id, _State())
+            self._write_state(upload_id, UploadState())
             sync_folder(self._root)
             return self.describe(upload_id)
 
@@ -216,15 +161,12 @@ class UploadStore:
                 raise RecordNotFoundError(f"{upload_id} has no file {name[:128]!a}")
             self._require_idle(upload_id)
             files = {kept: size for kept, size in state.files.items() if kept != name}
-            self._write_state(upload_id, _State(files=files))
+            self._write_state(upload_id, UploadState(files=files))
             (self._root / upload_id / _FILES / name).unlink(missing_ok=True)
             return self.describe(upload_id)
 
-    def remove(self, upload_id: str, released: Callable[[str], object] = lambda _: None) -> None:
+    def remove(self, upload_id: str) -> None:
         """Remove an upload with its files.
-
-        Args:
-            released: as for `expire`.
 
         Raises:
             RecordNotFoundError: there is none of that id.
@@ -233,7 +175,7 @@ class UploadStore:
         with self._locked():
             self._state(upload_id)
             self._require_idle(upload_id)
-            released(upload_id)
+            self._released(upload_id)
             self._discard(upload_id)
 
     def folder(self, upload_id: str) -> Path:
@@ -276,16 +218,12 @@ class UploadStore:
         with self._locked():
             state = self._state(upload_id)
             self._require_idle(upload_id)
-            self._write_state(upload_id, _State(files=state.files, registered=dict(stored)))
+            self._write_state(upload_id, UploadState(files=state.files, registered=dict(stored)))
             for name in state.files:
                 (self._root / upload_id / _FILES / name).unlink(missing_ok=True)
 
-    def expire(self, released: Callable[[str], object] = lambda _: None) -> tuple[str, ...]:
-        """Remove uploads that have rested too long, and what crashes left; returns the ids that are gone.
-
-        Args:
-            released: called with each id before its upload is gone, so that nothing is kept for it for ever.
-        """
+    def expire(self) -> tuple[str, ...]:
+        """Remove uploads that have rested too long, and what crashes left; returns the ids that are gone."""
         gone: list[str] = []
         if not self._names():
             return ()
@@ -300,12 +238,12 @@ class UploadStore:
                     pass  # begun or removed by halves
                 except TransitionError:
                     continue
-                released(name)
+                self._released(name)
                 self._discard(name)
                 gone.append(name)
         return tuple(gone)
 
-    def _names(self) -> "list[str]":
+    def _names(self) -> list[str]:
         try:
             return sorted(entry.name for entry in os.scandir(self._root) if _ID.fullmatch(entry.name))
         except FileNotFoundError:  # no upload was ever begun
@@ -339,7 +277,7 @@ class UploadStore:
     def _secured(self, upload_id: str, name: str, end: int, nbytes: int) -> None:
         with self._locked():
             state = self._state(upload_id)
-            self._write_state(upload_id, _State(files={**state.files, name: end}))
+            self._write_state(upload_id, UploadState(files={**state.files, name: end}))
             self._pending[upload_id] = self._pending.get(upload_id, 0) - nbytes
             if self._pending[upload_id] <= 0:
                 del self._pending[upload_id]
@@ -366,17 +304,17 @@ class UploadStore:
         shutil.rmtree(self._root / upload_id)
         self._seen.pop(upload_id, None)
 
-    def _open_state(self, upload_id: str) -> _State:
+    def _open_state(self, upload_id: str) -> UploadState:
         state = self._state(upload_id)
         if state.registered:
             raise TransitionError(f"{upload_id} is registered already; begin another upload")
         return state
 
-    def _state(self, upload_id: str) -> _State:
+    def _state(self, upload_id: str) -> UploadState:
         if not _ID.fullmatch(upload_id):
             raise RecordNotFoundError(f"there is no upload {upload_id[:128]!a}")
         try:
-            return _State.model_validate_json((self._root / upload_id / _STATE).read_bytes())
+            return UploadState.model_validate_json((self._root / upload_id / _STATE).read_bytes())
         except FileNotFoundError as error:
             raise RecordNotFoundError(
                 f"there is no upload {upload_id}; one that rests for {self._limits.seconds:g} s is removed"
@@ -384,7 +322,7 @@ class UploadStore:
         except ValidationError as error:
             raise RecordNotFoundError(f"the upload {upload_id} cannot be read; begin another one") from error
 
-    def _write_state(self, upload_id: str, state: _State) -> None:
+    def _write_state(self, upload_id: str, state: UploadState) -> None:
         """Replace upload.json in one step that survives a power cut."""
         folder = self._root / upload_id
         scratch = folder / f"{_STATE}.new"

@@ -14,7 +14,6 @@ from experts.registry.sources.policy import WEB, FetchPolicy, Location, parse
 from experts.registry.sources.remote import Remote, RemoteFile
 
 _MAX_HOPS = 5
-_CHUNK = 2**20
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _MISSING = frozenset({403, 404, 410})
 """Object stores answer 403 for what is not there to those who may not list."""
@@ -117,7 +116,7 @@ class Web(Remote):
 
     def _chunks(self, location: Location, answer: httpx.Response) -> Iterator[bytes]:
         with _failing(location):
-            for chunk in answer.iter_raw(_CHUNK):
+            for chunk in answer.iter_raw():  # as it comes: whoever drips is found out
                 if time.monotonic() > self._deadline:
                     raise SourceUnavailableError(
                         f"fetching from {location.host} took longer than {self._policy.seconds:g} s"

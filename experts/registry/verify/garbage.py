@@ -55,6 +55,7 @@ def collect_garbage(
     else:
         old = catalogue.collect(old, actor) if old else []
         gone = list(unneeded(catalogue, blobs, grace_seconds, delete=True))
+        blobs.tidy()
     return Collected(
         tuple(f"{each.name}@{each.number}" for each in old), len(gone), sum(blob.nbytes for blob in gone)
     )

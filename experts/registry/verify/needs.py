@@ -8,7 +8,6 @@ from experts.bundle_manifest import FileEntry
 from experts.registry.catalogue import Catalogue
 from experts.registry.records import BundleRecord, Generation, JobState, RouterGeneration
 
-
 _WAITING: tuple[JobState, ...] = ("queued", "running")
 _MOST_JOBS = 100_000
 

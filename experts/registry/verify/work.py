@@ -73,14 +73,14 @@ def _is_over(catalogue: Catalogue, job_id: str) -> bool:
 
 
 def _is_stale(catalogue: Catalogue, holder: str, alive: set[str]) -> bool:
-    """Jobs pin by their id, or by that and a slash; others, such as a server that starts, may be anybody alive.
+    """Jobs pin by their id, or by that and a slash; a server that adopts is gone when none is alive.
 
-    An upload keeps its pins as long as it can be registered again; the server that has it takes them away.
+    All others, such as uploads, know best how long they need theirs.
     """
     job = holder.partition("/")[0]
-    if job.startswith("upload-"):
-        return False
-    return _is_over(catalogue, job) if job.startswith("job-") else not alive
+    if job.startswith("job-"):
+        return _is_over(catalogue, job)
+    return holder.startswith("adopt-") and not alive
 
 
 def _is_stuck(catalogue: Catalogue, generation: Generation) -> bool:

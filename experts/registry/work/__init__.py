@@ -6,6 +6,7 @@ Knows the bundle and the blobs, no catalogue and no server: whoever asks decides
 
 from experts.bundle_files import digest as digest_of
 from experts.bundle_manifest import FileEntry
+from experts.registry.work.limits import is_full
 from experts.registry.work.profiles import read_profile, write_profile
 from experts.registry.work.scratch import Scratch
 from experts.registry.work.tasks import (
@@ -61,6 +62,7 @@ __all__ = [
     "Task",
     "digest_of",
     "entry_script",
+    "is_full",
     "read_profile",
     "write_profile",
 ]

@@ -1,11 +1,14 @@
-"""Memory of the worker process: how much it has, how much it may have, how to tell that it got no more."""
+"""Memory of the worker process: how much it has, how much it may have; how to tell that it, or the disk, ran out."""
 
 import contextlib
 import ctypes
+import errno
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 _ANONYMOUS = "RssAnon:"
+_NO_MEMORY = ("allocate memory", "out of memory", "not enough memory")
 
 
 def limit_memory(nbytes: int | None) -> None:
@@ -30,10 +33,23 @@ def give_back_memory() -> None:
 
 def is_shortage(error: BaseException) -> bool:
     """Whether an error, or what caused it, says that there was no memory."""
+    return any(
+        isinstance(it, MemoryError) or any(sign in str(it).lower() for sign in _NO_MEMORY)
+        for it in _chain(error)
+    )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that there was no room on the disk."""
+    return any(
+        (isinstance(it, OSError) and it.errno in (errno.ENOSPC, errno.EDQUOT))
+        or "no space left" in str(it).lower()
+        for it in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
-        text = str(seen).lower()
-        if isinstance(seen, MemoryError) or "allocate memory" in text or "out of memory" in text:
-            return True
+        yield seen
         seen = seen.__cause__ or seen.__context__
-    return False

@@ -13,10 +13,10 @@ from typing import BinaryIO, TypeVar
 import torch
 
 from experts.bundle import Bundle
-from experts.errors import ExpertsError
+from experts.errors import ExpertsError, StorageFullError
 from experts.registry.blobs import Blobs
 from experts.registry.work import stages
-from experts.registry.work.limits import give_back_memory, is_shortage, limit_memory, own_memory
+from experts.registry.work.limits import give_back_memory, is_full, is_shortage, limit_memory, own_memory
 from experts.registry.work.tasks import Failure, Message, Setup, Step
 
 _log = logging.getLogger(__name__)
@@ -82,18 +82,18 @@ class _Desk:
         """Its answer, or why there is none."""
         try:
             return Message(answer=stages.perform(task, self))
-        except ExpertsError as error:
-            if is_shortage(error):
-                return self._shortage()
-            return Message(failure=Failure(kind=type(error).__name__, message=str(error)))
         except Exception as error:  # noqa: BLE001 the server is told, and the next task is another
-            if is_shortage(error):
-                return self._shortage()
-            _log.exception("a task failed")
-            return Message(failure=Failure(kind="fault", message=f"{type(error).__name__}: {error}"))
+            return Message(failure=self._failure(error))
 
-    def _shortage(self) -> Message:
-        return Message(failure=Failure(kind="memory", message=str(self._setup.limits.nbytes or "")))
+    def _failure(self, error: Exception) -> Failure:
+        if is_shortage(error):
+            return Failure(kind="memory", message=str(self._setup.limits.nbytes or ""))
+        if isinstance(error, ExpertsError):
+            return Failure(kind=type(error).__name__, message=str(error))
+        if is_full(error):
+            return Failure(kind=StorageFullError.__name__, message="the disk has no room for half-made files")
+        _log.exception("a task failed")
+        return Failure(kind="fault", message=f"{type(error).__name__}: {error}")
 
     @property
     def blobs(self) -> Blobs:

@@ -22,6 +22,7 @@ from experts import errors as library
 from experts.errors import ExpertsError
 from experts.registry.work import Failure, Message, Setup, Step, Task, entry_script
 from service.errors import LimitExceededError, RequestFailedError
+from service.settings import ENV_PREFIX
 
 _log = logging.getLogger(__name__)
 
@@ -134,8 +135,9 @@ class Worker:
             RequestFailedError: a fault of ours.
             WorkerDiedError: the process ended.
         """
+        self._sound = False
         await self.ready()
-        self._ready = self._sound = False
+        self._ready = False
         self._send(task)
         with contextlib.suppress(ConnectionError):  # reading tells of the end
             await self._writer.drain()
@@ -253,10 +255,12 @@ class Workers:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Ours, with our import path, and with as many threads as the process may use in whatever library makes some."""
+    """Ours without the settings, whose keys are none of its business, with our import path, and with as many threads
+    as the process may use in whatever library makes some.
+    """
     count = str(threads)
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)},
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,

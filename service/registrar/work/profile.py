@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,9 +59,13 @@ class Backgrounds:
         path = self._folder / f"neutral-{build_id}-{spec}.safetensors"
         async with self._lock:
             if not path.is_file():
-                scratch = path.with_name(f".{path.name}.part")
+                # Another server may be at the same file.
+                scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
                 prompts = await asyncio.to_thread(neutral_prompts, live.tokenizer)
-                await profile(live, prompts, scratch)
-                scratch.replace(path)
+                try:
+                    await profile(live, prompts, scratch)
+                    scratch.replace(path)
+                finally:
+                    scratch.unlink(missing_ok=True)
                 _log.debug("neutral prompts are read for %s", build_id)
         return path

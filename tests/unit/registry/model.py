@@ -181,6 +181,8 @@ class Model:
         live = activate and trial is None and (back or not expert.pinned)
         if live or expert.live is None:
             self.target(job.name, job.replace, job.expected)
+        if trial is not None:
+            self.room(job.name, trial)
         with self.change():
             expert.generations[job.number] = "ready"
             number = max(self.routers) + 1
@@ -289,12 +291,18 @@ class Model:
                     if job.name == name and job.state in OPEN:
                         self.stop(job)
 
+    def room(self, name: str, trial: Trial) -> None:
+        others = [it.trial.percent for key, it in self.experts.items() if key != name and it.trial]
+        if sum(others) + trial.percent > 100:
+            raise TransitionError
+
     def try_out(self, name: str, trial: Trial | None, expected: int | None) -> None:
         expert = self.served(name)
         self.current(expert, expected)
         if trial is not None:
             if trial.generation == expert.live:
                 raise TransitionError
+            self.room(name, trial)
             self.usable(expert, trial.generation)
             if trial.router is not None:
                 self.usable_router(trial.router)

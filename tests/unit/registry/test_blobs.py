@@ -497,6 +497,20 @@ def test_folders_of_a_store_on_the_same_disk_cost_nothing_and_stay(tmp_path: Pat
     assert not folder.exists()
 
 
+def test_folders_of_deleted_blobs_give_their_bytes_back(blobs: Blobs) -> None:
+    gone, kept = blobs.put_bytes(b"gone"), blobs.put_bytes(b"kept")
+    folders = [blobs.folder({"a": gone, "b": kept}), blobs.folder({"a": gone}), blobs.folder({"b": kept})]
+    for folder in folders:
+        os.utime(folder, (1, 1))
+    used = blobs.folder({"x": gone})
+
+    blobs.delete(gone.sha256)
+    blobs.tidy()
+
+    assert [folder.exists() for folder in folders] == [False, False, True]
+    assert used.exists()
+
+
 def test_copies_stand_in_where_links_cannot_be(tmp_path: Path) -> None:
     with mounted(tmp_path / "other", "1m") as other:
         blobs = Blobs.open(str(tmp_path / "store"), other / "cache")

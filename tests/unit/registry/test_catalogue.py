@@ -542,6 +542,23 @@ def test_the_generations_that_something_needs_are_not_collected(catalogue: Catal
     assert [each.number for each in catalogue.collectable(0)] == [6, 5, 4, 3]
 
 
+def test_a_generation_whose_profile_the_router_has_is_kept(catalogue: Catalogue) -> None:
+    register(catalogue, "a")
+    catalogue.activate("a", 3, ADMIN)
+    assert catalogue.collectable(0) == []
+    catalogue.activate("a", 3, ADMIN, router=2)
+    assert [each.number for each in catalogue.collectable(0)] == [4]
+
+
+def test_what_came_into_use_again_is_not_collected(catalogue: Catalogue) -> None:
+    register(catalogue, "a")
+    found = catalogue.collectable(0)
+    assert [each.number for each in found] == [3]
+    catalogue.activate("a", 3, ADMIN)
+    assert catalogue.collect(found, ADMIN) == []
+    assert live(catalogue)["a"] == 3
+
+
 def test_collected_generations_need_no_blobs_and_never_serve(catalogue: Catalogue) -> None:
     register(catalogue, "a")
     old = catalogue.generation("a", 3)

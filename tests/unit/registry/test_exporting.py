@@ -289,6 +289,25 @@ def test_what_a_form_cannot_hold_is_said(bundles: dict[str, Bundle], tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+def test_other_llama_like_models_have_every_matrix_in_gguf_and_no_row_moved(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    half = CompressionSpec(rank=6)
+    family = tiny_family(
+        tmp_path, architecture=architecture, experts=("alpha",), router=False, compression=half
+    )
+    bundle = Bundle.open(family.bundle)
+    folder = _export(bundle, "gguf", "alpha", tmp_path / "out")
+    _same(bundle.expert("alpha"), prepare_expert(bundle, "again", folder).factors)
+    reader = gguf.GGUFReader(folder / "adapter.gguf")
+    assert reader.fields["general.architecture"].contents() == architecture
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    query = tensors["blk.1.attn_q.weight.lora_b"] @ tensors["blk.1.attn_q.weight.lora_a"]
+    expected = bundle.expert("alpha").factors["model.layers.1.self_attn.q_proj.weight"].dense()
+    torch.testing.assert_close(query, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_gpt2_has_no_gguf_form(tmp_path: Path) -> None:
     family = tiny_family(tmp_path, architecture="gpt2", experts=("alpha",), router=False)
     bundle = Bundle.open(family.bundle)

@@ -2,6 +2,7 @@
 
 import json
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -242,6 +243,16 @@ def test_too_many_bytes_end_the_fetch(site: Site, tmp_path: Path, announced: boo
     with pytest.raises(SourceTooLargeError, match="1000000 bytes"):
         fetch(base, tmp_path, policy(base, private=True, max_bytes=1_000_000), resolve=loopback)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 1_000_000 if not announced else True
+
+
+def test_a_server_that_drips_is_left_in_time(site: Site, tmp_path: Path) -> None:
+    site.files = {"/expert.json": b"x" * 400}
+    site.drip = 0.02
+    base = f"http://models.test:{site.port}"
+    begun = time.monotonic()
+    with pytest.raises(SourceUnavailableError, match=r"longer than 0\.3 s"):
+        fetch(base, tmp_path, policy(base, private=True, seconds=0.3), resolve=loopback)
+    assert time.monotonic() - begun < 4
 
 
 def test_compressed_answers_are_refused(site: Site, tmp_path: Path) -> None:

@@ -198,6 +198,21 @@ def test_an_upload_that_rests_is_removed_and_one_that_grows_is_not(tmp_path: Pat
     assert uploads.expire() == ()
 
 
+def test_what_was_kept_for_an_upload_is_let_go_before_it_is(tmp_path: Path) -> None:
+    clock, let_go = Clock(), []
+
+    def released(upload_id: str) -> None:
+        assert uploads.describe(upload_id).id == upload_id
+        let_go.append(upload_id)
+
+    uploads = UploadStore(tmp_path / "uploads", UploadLimits(100, 3, 60.0), clock, released)
+    first, second, third = (uploads.create().id for _ in range(3))
+    uploads.remove(second)
+    clock.now = 61
+    uploads.create()
+    assert let_go == [second, *sorted([first, third])]
+
+
 def test_a_wall_clock_that_jumps_removes_nothing(tmp_path: Path) -> None:
     uploads = store(tmp_path)
     upload = uploads.create()

@@ -299,6 +299,15 @@ def test_pins_of_nobody_are_removed(registry: Registry) -> None:
     assert registry.kinds() == []
 
 
+def test_what_an_upload_holds_is_kept(registry: Registry) -> None:
+    entry = registry.blobs.put_bytes(b"uploaded")
+    registry.catalogue.pin_blobs("upload-1", [entry.sha256])
+    assert registry.kinds(repair=True) == []
+    assert collect_garbage(registry.catalogue, registry.blobs, 1, ACTOR).blobs == 0
+    registry.catalogue.unpin_blobs("upload-1")
+    assert collect_garbage(registry.catalogue, registry.blobs, 1, ACTOR).blobs == 1
+
+
 def test_an_expert_whose_generation_cannot_serve_goes_back_to_the_newest_that_can(registry: Registry) -> None:
     second = registry.register("alpha").number
     third = registry.register("alpha").number
