@@ -145,6 +145,7 @@ def narrowed(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
             if parameter["name"] == "wait":
                 # Jobs end within seconds here; who does not wait finds them half done.
                 parameter["schema"] = {**parameter["schema"], "minimum": 5, "maximum": 30}
+                parameter["required"] = True
     for schema in made.get("components", {}).get("schemas", {}).values():
         for field, told in schema.get("properties", {}).items():
             _narrow(field, told, names)

@@ -130,16 +130,16 @@ def resident(pid: int) -> int:
 
 
 def _serve(options: Mapping[str, Any]) -> None:
-    from service.runtime import Runtime
+    from service.runtime import RuntimeSwitch
     from service.serve import assemble
     from service.settings import Settings
 
-    def announce(url: str, runtime: Runtime) -> None:
+    def announce(url: str, runtime: RuntimeSwitch) -> None:
         print(url, flush=True)
         loop = asyncio.get_running_loop()
         threading.Thread(target=answer, args=(loop, runtime), daemon=True).start()
 
-    def answer(loop: asyncio.AbstractEventLoop, runtime: Runtime) -> None:
+    def answer(loop: asyncio.AbstractEventLoop, runtime: RuntimeSwitch) -> None:
         for line in sys.stdin:
             counted = asyncio.run_coroutine_threadsafe(_tasks(), loop).result()
             print(json.dumps(asdict(_books(runtime, counted, collect=line == "collect\n"))), flush=True)

@@ -28,12 +28,12 @@ Victim = Literal["server", "worker", "postgresql"]
 _NAMES = tuple(f"expert-{number}" for number in range(6))
 _CLIENTS = 2
 _KEEP = 3
-_HORIZON_SECONDS = 2.0
-"""A kill comes so long after the first submission at most: while the registrations of a round are under way."""
+_HORIZON_SECONDS = (0.8, 0.8, 0.8, 2.5)
+"""A kill comes so long after the first submission at most, drawn from these: mostly while registrations run."""
 
 _SETTLE_SECONDS = 90.0
 _WATCH_SECONDS = 2.5
-_PAUSE_SECONDS = 0.2
+_PAUSE_SECONDS = 0.3
 """Between a client's questions: the worker has the lowest priority, and three registries share this machine."""
 
 
@@ -139,9 +139,12 @@ class Arena:
         self._clients: list[threading.Thread] = []
 
     @property
-    def victims(self) -> tuple[Victim, ...]:
-        """What can be killed here."""
-        return ("server", "worker") if self._postgres is None else ("server", "worker", "postgresql")
+    def victims(self) -> dict[Victim, float]:
+        """What can be killed here, and how often."""
+        if self._postgres is None:
+            return {"server": 1, "worker": 1}
+        # Servers and workers take seconds of imports to come back.
+        return {"server": 0.25, "worker": 0.3, "postgresql": 0.45}
 
     def environment(self) -> dict[str, str]:
         """Of the command line on this registry."""
@@ -181,7 +184,7 @@ class Arena:
         begun = [self._new(name, draw) for name in draw.sample(_NAMES, draw.randint(1, 3))]
         operator = threading.Thread(target=self._submit_all, args=(begun,))
         operator.start()
-        time.sleep(draw.uniform(0, _HORIZON_SECONDS))
+        time.sleep(draw.uniform(0, draw.choice(_HORIZON_SECONDS)))
         killed = time.monotonic()
         self._kill(victim, draw)
         operator.join()

@@ -39,7 +39,12 @@ def run(count: int) -> Killed:
     """So many kills, in three registries at once: two on PostgreSQL, one on SQLite."""
     began = time.monotonic()
     found, lock = Killed(), threading.Lock()
-    left = {"postgresql-1": count - 2 * (count // 3), "postgresql-2": count // 3, "sqlite": count // 3}
+    few = count // 4
+    left = {
+        "postgresql-1": (count - few) // 2,
+        "postgresql-2": count - few - (count - few) // 2,
+        "sqlite": few,
+    }
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(len(left)) as pool:
         # One after the other: transformers loads no two models at once.
         arenas = [_prepared(Path(scratch, name), name, number) for number, name in enumerate(left)]
@@ -71,7 +76,7 @@ def _fight(
         for number in range(kills):
             if time.monotonic() > deadline:
                 break
-            victim = draw.choice(arena.victims)
+            (victim,) = draw.choices(list(arena.victims), list(arena.victims.values()))
             recovered = arena.round(victim, draw)
             with lock:
                 found.kills[victim] += 1

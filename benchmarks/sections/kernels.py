@@ -25,7 +25,7 @@ from service import serve
 from service.core import StepStats
 from service.engine import engine as engine_module
 from service.engine.text import TextStream
-from service.runtime import Runtime
+from service.runtime import Runtime, RuntimeSwitch
 from service.settings import Settings
 
 T = TypeVar("T")
@@ -143,14 +143,14 @@ def kernels(context: Context) -> list[Figure]:
     server, runtime = serve.assemble(settings, lambda url, _: announced.append(url))
     try:
         times = KernelTimes(library) if library is not None else None
-        watch = Watch(runtime, times)
+        watch = Watch(runtime.runtime, times)
         return asyncio.run(_measure(context, server, runtime, watch, announced))
     finally:
         runtime.close()
 
 
 async def _measure(
-    context: Context, server: Any, runtime: Runtime, watch: Watch, announced: list[str]
+    context: Context, server: Any, runtime: RuntimeSwitch, watch: Watch, announced: list[str]
 ) -> list[Figure]:
     serving = asyncio.create_task(server.serve())
     while not announced:

@@ -173,6 +173,18 @@ def test_a_generation_that_is_not_to_be_activated_waits_until_it_is(
     assert admin.text(model=name) == (truth["three"], {name: 3})
 
 
+def test_a_new_expert_that_is_not_to_be_activated_serves_nobody_until_it_is(
+    admin: Operator, truth: dict[str, str]
+) -> None:
+    made = admin.registered(name="waits", path="one", activate=False)
+    assert (made["generation"], made["new_generation"]) == (None, 1)
+    assert admin.get("/experts/waits")["generation"] is None
+    assert "waits" in {one["name"] for one in admin.get("/experts")["data"]}
+    assert admin.served.post("/v1/completions", {"model": "waits", "prompt": "a"}).status_code == 404
+    assert admin.post("/experts/waits/activate", {"generation": 1}).status_code == 200
+    assert admin.text(model="waits") == (truth["one"], {"waits": 1})
+
+
 def test_a_disabled_expert_serves_nobody_and_keeps_everything(
     admin: Operator, truth: dict[str, str], name: str
 ) -> None:

@@ -72,8 +72,8 @@ class Cache:
         path = self.root / relative_path(entry.sha256)
         with refusals(f"cannot keep {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._verified.trust(scratch, entry.sha256)
             os.replace(scratch, path)
-            self._verified.trust(path, entry.sha256)
         self.trim()
         return path
 

@@ -40,9 +40,9 @@ class DirectoryStore:
         with refusals(f"cannot store {target}"):
             self._refuse_links(target)
             make_folder(target.parent, self._root)
+            self._verified.trust(made.path, made.entry.sha256)
             os.replace(made.path, target)
             sync(target.parent)
-            self._verified.trust(target, made.entry.sha256)
 
     def keep(self, entry: FileEntry) -> bool:
         """As `Store`; a corrupt one is not whole, and is replaced when it is added."""

@@ -131,7 +131,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     )
     async def get_expert(name: str) -> Response:
         """Describe one expert, with its newest generations."""
-        view = await served(name, parts)
+        view = await registrar.get(name)
         generations = await registrar.generations(name)
         answer = ExpertDetail(
             **expert_fields(view),
@@ -185,23 +185,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
         return json_answer(ExpertAnswer(**expert_fields(view)))
 
 
-async def served(name: str, parts: AdminParts) -> ExpertView:
-    """One expert that has, or had, something to serve.
-
-    Raises:
-        ExpertNotFoundError: there is none, or none of its registrations has ended well yet.
-    """
-    view = await parts.registrar.get(name)
-    if not view.generation:
-        raise ExpertNotFoundError(
-            f"The expert {name[:64]!r} has no ready generation yet; GET /admin/jobs?name={name[:64]} lists its jobs."
-        )
-    return view
-
-
 def _asked_for(view: ExpertView, query: _Listed) -> bool:
-    if not view.generation:
-        return False
     if query.after is not None and view.name <= query.after:
         return False
     return view.state != "retired" if query.state is None else view.state == query.state
@@ -234,7 +218,7 @@ async def _must_exist(name: str, parts: AdminParts) -> None:
         PreconditionFailedError: there is none of that name.
     """
     try:
-        await served(name, parts)
+        await parts.registrar.get(name)
     except ExpertNotFoundError as error:
         raise PreconditionFailedError(error.message, param="If-Match") from error
 
