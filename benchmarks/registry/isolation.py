@@ -76,7 +76,7 @@ class _Operator:
     """Replaces one expert after the other, and remembers which fine-tune each generation is."""
 
     def __init__(self, server: Server, seed: int) -> None:
-        self.versions: dict[tuple[str, int], str] = dict.fromkeys(())
+        self.versions: dict[tuple[str, int], str] = {}
         self.since: dict[tuple[str, int], float] = {}
         self.complaints: list[str] = []
         self._server = server

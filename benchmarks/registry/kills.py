@@ -39,7 +39,7 @@ def run(count: int) -> Killed:
     """So many kills, in three registries at once: two on PostgreSQL, one on SQLite."""
     began = time.monotonic()
     found, lock = Killed(), threading.Lock()
-    few = count // 4
+    few = count // 5
     left = {
         "postgresql-1": (count - few) // 2,
         "postgresql-2": count - few - (count - few) // 2,

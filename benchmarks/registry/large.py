@@ -27,7 +27,7 @@ def make_lora(folder: Path, shared: Path, seed: int) -> Path:
     config = LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(_TARGETS), task_type="CAUSAL_LM"
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 

@@ -1,8 +1,10 @@
 """Experts and their generations: which serves, which is kept, which is tried out."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 
+from experts.errors import StaleRouterError
 from experts.registry.records import Actor, Expert, ExpertState, Generation, Trial, TrialKind
 from service.errors import ExpertNotFoundError, RecordNotFoundError, TwinserveError, WrongStateError
 from service.registrar.changing import Changing
@@ -12,16 +14,19 @@ _log = logging.getLogger(__name__)
 
 _RETIRED = "retired"
 
+_ROUTER_TRIES = 5
+"""Then the generation goes live with the router that is current, and a job fits another one."""
+
 
 class ExpertChanges(Changing):
     """See `Registrar`."""
 
-    async def list(self) -> Sequence[ExpertView]:
-        """Every expert that is not retired, and retired ones that requests still use; by name."""
+    async def list(self, *, retired: bool = False) -> Sequence[ExpertView]:
+        """Every expert that is not retired, and retired ones that requests still use, or all with `retired`."""
         experts = await self._ask(self._known)
         running = self._live.experts()
         views = [merge(expert, running) for expert in experts]
-        return [view for view in views if view.state != _RETIRED or view.generations]
+        return [view for view in views if retired or view.state != _RETIRED or view.generations]
 
     async def get(self, name: str) -> ExpertView:
         """One expert that is not retired.
@@ -201,17 +206,30 @@ class ExpertChanges(Changing):
         """Another generation, with a router that knows it; a job makes one where there is none."""
         await self.generations(name)
         generation = await self.generation(name, number)
-        router = await self._ask(self._router_with, generation)
-        await self._change(
+        router = await self._change(
             action,
             name,
             actor,
-            lambda: self.catalogue.activate(name, number, actor, expected=expected, router=router),
+            lambda: self._activate(generation, actor, expected),
             precondition=precondition,
         )
-        if router is None and self._follower.routed and generation.profile is not None:
+        if router is None and self._follower.routed:
             await self._reprofile(generation, actor)
         return await self.get(name)
+
+    def _activate(self, generation: Generation, actor: Actor, expected: int | None) -> int | None:
+        """Serve a generation; the number of the router that went live with it, None where none knows it.
+
+        A registration of another expert that puts its router live in between is no reason to refuse.
+        """
+        name, number = generation.name, generation.number
+        for _ in range(_ROUTER_TRIES):
+            router = self._router_with(generation)
+            with contextlib.suppress(StaleRouterError):
+                self.catalogue.activate(name, number, actor, expected=expected, router=router)
+                return router
+        self.catalogue.activate(name, number, actor, expected=expected)
+        return None
 
     async def _reprofile(self, generation: Generation, actor: Actor) -> None:
         """Queue a router that knows this generation again; the switch holds without it."""
@@ -269,12 +287,14 @@ class ExpertChanges(Changing):
 
     def _router_with(self, generation: Generation) -> int | None:
         """The router as it would be if only this expert's profile were this generation's; None keeps the current."""
-        current = self._follower.snapshot.router
+        snapshot = self.catalogue.snapshot()
+        current = snapshot.router if snapshot is not None else None
         if current is None or generation.name not in current.profiles:
             return None
         wanted = {**current.profiles, generation.name: generation.number}
         for router in self.catalogue.routers():
-            if router.build_id == current.build_id and dict(router.profiles) == wanted:
+            # One without files was given up by garbage collection.
+            if router.files and router.build_id == current.build_id and dict(router.profiles) == wanted:
                 return router.number
         return None
 

@@ -147,7 +147,7 @@ class Follower:
     def _check_served(self, name: str) -> None:
         if self._serves(name):
             return
-        retry = self._loading.retry_seconds(name)
+        retry = self._loading.retry_seconds(self._seen.aliases.get(name, name))
         if retry is not None:
             raise ExpertUnavailableError(
                 f"The expert {name!r} cannot be loaded here now, the server's log says why; try again later.",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,9 @@ class JobChanges(Changing):
         """
         check_registration(asked, self._live.bundle_name, routed=self._follower.routed)
         self._check_writable()
+        known = await self._sent_before(asked, actor, key)
+        if known is not None:
+            return known
         with translated():
             request = await self._calls(lambda: self.sources.admit(asked.request()))
         return await self._submit(
@@ -44,6 +48,14 @@ class JobChanges(Changing):
             expected=asked.expected_generation,
             precondition=asked.precondition,
         )
+
+    async def _sent_before(self, asked: Registration, actor: Actor, key: str | None) -> Job | None:
+        """The job of the same request under the same key: its answer was lost, and its source may be gone by now."""
+        job = None if key is None else await self._ask(self.catalogue.job_of_key, actor, key)
+        if job is None or job.kind != "register":
+            return None
+        before = {field: value for field, value in job.request.items() if field != "files"}
+        return job if before == json.loads(json.dumps(asked.request())) else None
 
     async def rebuild(self, body: Mapping[str, Any], actor: Actor, key: str | None = None) -> Job:
         """Queue a bundle that takes the served one's place: rebuilt over all experts, or one that lies on disk.

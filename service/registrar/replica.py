@@ -20,6 +20,8 @@ _DEAD_SECONDS = 5.0
 """A beat that stands still for so long, on the watcher's own monotonic clock, is a dead replica's."""
 
 _NO_LIMIT = 1_000_000
+_RUNNING = 10
+"""One job runs at a time."""
 
 
 @dataclass(slots=True)
@@ -89,7 +91,8 @@ class Heartbeat:
         own = self._describe(self._beat)
         await self._calls(lambda: self._catalogue.beat(own))
         replicas = await self._calls(self._catalogue.replicas)
-        dead = self._dead([replica for replica in replicas if replica.id != own.id])
+        silent = await self._calls(lambda: self._silent({replica.id for replica in replicas}))
+        dead = self._dead([*(replica for replica in replicas if replica.id != own.id), *silent])
         for replica in dead:
             await self._bury(replica)
         lost = {replica.id for replica in dead}
@@ -102,6 +105,15 @@ class Heartbeat:
         """Say that this replica ends: its jobs go to others at once, and do not count as an attempt that died."""
         await self._calls(lambda: self._catalogue.requeue(self._replica, _NO_LIMIT))
         await self._calls(lambda: self._catalogue.drop_replica(self._replica))
+
+    def _silent(self, known: set[str]) -> list[Replica]:
+        """Owners of running jobs that do not report themselves: killed before their first beat, or forgotten.
+
+        They have as long to beat as any other.
+        """
+        running = self._catalogue.jobs(state="running", limit=_RUNNING)
+        owners = {job.owner for job in running if job.owner is not None} - known
+        return [Replica(owner, 0, 0, "") for owner in sorted(owners)]
 
     def _dead(self, others: list[Replica]) -> list[Replica]:
         now = self._clock()

@@ -158,6 +158,14 @@ class RuntimeSwitch:
             await asyncio.to_thread(_give_memory_back)
         _log.info("the old runtime is closed")
 
+    def check_room(self) -> None:
+        """Whether there is memory for another bundle of about the current one's size now.
+
+        Raises:
+            StorageFullError: there is not, so that a swap would fail.
+        """
+        self._check_memory(self._current.nbytes)
+
     def _check_memory(self, nbytes: int) -> None:
         left = self._available()
         if left is not None and nbytes > left:

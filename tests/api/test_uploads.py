@@ -94,6 +94,22 @@ def test_pieces_become_an_expert(served: Served, lora: dict[str, bytes]) -> None
     )
 
 
+def test_a_request_whose_answer_was_lost_is_answered_again_though_its_upload_is_gone(
+    served: Served, lora: dict[str, bytes]
+) -> None:
+    upload_id = begin(served)
+    for name, content in lora.items():
+        assert put(served, upload_id, name, content).status_code == 200
+    body, headers = {"name": "lost", "upload": upload_id}, {"Idempotency-Key": "lost-answer"}
+    first = served.post("/admin/experts?wait=60", body, headers=headers)
+    assert first.status_code == 201, first.text
+    assert served.http.delete(f"/admin/uploads/{upload_id}").status_code == 200
+    again = served.post("/admin/experts?wait=60", body, headers=headers)
+    assert (again.status_code, again.json()["job"]) == (201, first.json()["job"])
+    other = served.post("/admin/experts", {**body, "activate": False}, headers=headers)
+    assert other.status_code in (404, 422)
+
+
 def test_a_form_is_an_upload_at_once(served: Served, lora: dict[str, bytes]) -> None:
     files = [("file", (name, content)) for name, content in lora.items()]
     answer = served.http.post("/admin/uploads", files=files)

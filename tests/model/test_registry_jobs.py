@@ -234,6 +234,53 @@ def test_a_rebuilt_bundle_takes_the_served_ones_place(family, root, tmp_path):
     asyncio.run(go())
 
 
+def test_without_memory_for_two_bundles_nothing_is_rebuilt_and_the_old_one_goes_on(family, root, tmp_path):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            old = here.catalogue.snapshot().bundle.build_id
+            here.runtime._available = lambda: 1 << 16
+            ended = await here.end_of(here.catalogue.submit("rebuild", {}, ADMIN, limit=8))
+            assert (ended.state, ended.failure.code) == ("failed", "storage_full")
+            assert here.catalogue.snapshot().bundle.build_id == old
+            assert (await here.end_of(here.submit("delta", "lora"))).state == "succeeded"
+
+    asyncio.run(go())
+
+
+def test_a_job_waits_until_its_replica_serves_the_bundle_that_the_catalogue_says(
+    family, root, tmp_path, monkeypatch
+):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here:
+            swapped, go_on = asyncio.Event(), asyncio.Event()
+            swap = here.runtime.swap
+
+            async def slow(*arguments, **options) -> None:
+                swapped.set()
+                await go_on.wait()
+                await swap(*arguments, **options)
+
+            monkeypatch.setattr(here.runtime, "swap", slow)
+
+            async def little() -> None:
+                await here.follower.reach(here.catalogue.revision(), 0.05)
+
+            monkeypatch.setattr(here, "follow", little)
+            async with here.working():
+                here.catalogue.submit("rebuild", {}, ADMIN, limit=8)
+                await swapped.wait()
+                job = here.submit("delta", "lora")
+                while here.catalogue.job(job.id).state == "queued":
+                    await asyncio.sleep(0.02)
+                go_on.set()
+                ended = await here.end_of(job)
+            assert ended.state == "succeeded", ended.failure
+            built = here.catalogue.snapshot().bundle.build_id
+            assert here.catalogue.generation("delta", 1).build_id == built == here.loading.family.build_id
+
+    asyncio.run(go())
+
+
 def test_a_rebuild_that_makes_no_sense_says_so(family, root, tmp_path):
     async def go() -> None:
         async with replica(family, root, tmp_path) as here, here.working():

@@ -6,7 +6,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, select
 
 from experts.errors import RecordNotFoundError, UnknownExpertError
 from experts.registry.catalogue import tables
-from experts.registry.catalogue.change import MAX_NUMBER, Connected, storable
+from experts.registry.catalogue.change import MAX_NUMBER, Connected, plain, storable
 from experts.registry.catalogue.rows import (
     audit_of,
     bundle_of,
@@ -17,6 +17,7 @@ from experts.registry.catalogue.rows import (
     router_of,
 )
 from experts.registry.records import (
+    Actor,
     AuditEntry,
     BundleRecord,
     Expert,
@@ -153,6 +154,13 @@ class Reading(Connected):
         """
         with self._database.read() as connection:
             return job_of(job_row(connection, job_id))
+
+    def job_of_key(self, actor: Actor, key: str) -> Job | None:
+        """The job that an actor submitted under an idempotency key; None where there is none."""
+        columns = tables.jobs.c
+        wanted = columns.actor == plain(actor.name), columns.idempotency_key == key
+        rows = self._rows(select(tables.jobs).where(*wanted)) if storable(key) else []
+        return job_of(rows[0]) if rows else None
 
     def aliases(self) -> dict[str, str]:
         """Alias → expert."""

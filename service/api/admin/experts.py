@@ -118,7 +118,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     @router.get("/admin/experts", response_model=ExpertList, responses=admin_refusals())
     async def list_experts(query: Annotated[_Listed, Query()]) -> Response:
         """List experts by name: the catalogue's word on each, and what this replica has of it."""
-        views = sorted(await registrar.list(), key=lambda view: view.name)
+        views = sorted(await registrar.list(retired=query.state == "retired"), key=lambda view: view.name)
         chosen = [view for view in views if _asked_for(view, query)]
         shown, more = page(chosen, query.limit)
         listed = ExpertList(data=[ExpertAnswer(**expert_fields(view)) for view in shown], has_more=more)

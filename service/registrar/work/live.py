@@ -35,6 +35,10 @@ class Stage(Protocol):
         """Tokens of one sequence."""
         ...
 
+    def check_room(self) -> None:
+        """Raise StorageFullError where another bundle could not be served beside the current one."""
+        ...
+
     def submit(self, request: GenerationRequest) -> Answers:
         """Accept a request and return its events."""
         ...

@@ -17,11 +17,14 @@ async def rebuild(run: Run, sources: Sources) -> None:
     """Carry out a job of kind rebuild. The follower brings it to this replica's engine, as to every other's.
 
     Raises:
-        ExpertsError, TwinserveError: it cannot be built, or other generations serve by now.
+        ExpertsError, TwinserveError: it cannot be built or served beside the current one, or other generations serve
+            by now.
         WorkerDiedError: the process ended.
     """
     job, request = run.job, run.job.request
     snapshot = await current(run)
+    # Once it is published every replica has to switch: one that cannot would follow no change any more.
+    run.live.check_room()
     before = [generation for _, generation in sorted(snapshot.experts.items())]
     folder = await _confined(run, sources, request.get("path"))
     task = BundleTask(
@@ -40,6 +43,7 @@ async def rebuild(run: Run, sources: Sources) -> None:
     entries = {path / name: entry for name, entry in record.files.items()}
     await run.ask(lambda: run.catalogue.pin_blobs(job.id, [entry.sha256 for entry in entries.values()]))
     await run.worker.ask(StoreTask(entries), Stored, run.gauge.follow)
+    run.live.check_room()
     run.gauge.at("publish")
     result = {"build_id": built.build_id, "experts": [it.name for it in experts]}
     await run.publish(

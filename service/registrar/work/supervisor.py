@@ -169,13 +169,14 @@ class Supervisor:
         """The whole attempt, to its publication; whatever happens, nothing of it stays but what went live."""
         job = attempt.job
         try:
+            served = await self._caught_up()
             async with self._workers.one() as worker:
                 folder = await self._calls(lambda: scratch.folder(job.id))
                 run = attempt.run = Run(
                     job,
                     catalogue=self._catalogue,
                     live=self._live,
-                    served=self._served(),
+                    served=served,
                     worker=worker,
                     folder=folder,
                     options=self._options,
@@ -191,6 +192,15 @@ class Supervisor:
                     await run.clean_up()
         finally:
             await asyncio.to_thread(scratch.remove, job.id)
+
+    async def _caught_up(self) -> Served:
+        """What is served here, once it is the catalogue's bundle: a replica takes a while to switch to another."""
+        while True:
+            served = self._served()
+            snapshot = await self._insist(self._catalogue.snapshot)
+            if snapshot is None or snapshot.bundle.build_id == served.bundle.manifest.build_id:
+                return served
+            await self._follow()
 
     async def _perform(self, run: Run) -> None:
         match run.job.kind:

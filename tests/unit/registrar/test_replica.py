@@ -76,6 +76,34 @@ def test_the_jobs_of_a_replica_whose_beat_stands_still_go_to_others(
     assert (again.id, again.attempt) == (job, 2)
 
 
+def test_the_job_of_a_replica_that_was_killed_before_its_first_beat_goes_to_others(
+    catalogue: Catalogue, calls: Calls
+) -> None:
+    clock = Clock()
+    one = heartbeat("one", catalogue, calls, clock)
+    job = job_of(catalogue, "never beat")
+    asyncio.run(one.beat())
+    clock.now += 4.9
+    asyncio.run(one.beat())
+    assert catalogue.job(job).owner == "never beat"
+    clock.now += 0.2
+    asyncio.run(one.beat())
+    assert catalogue.job(job).state == "queued"
+
+
+def test_a_replica_that_begins_to_beat_late_keeps_its_job(catalogue: Catalogue, calls: Calls) -> None:
+    clock = Clock()
+    one, late = (heartbeat(name, catalogue, calls, clock) for name in ("one", "late"))
+    job = job_of(catalogue, "late")
+    asyncio.run(one.beat())
+    clock.now += 4.9
+    asyncio.run(late.beat())
+    asyncio.run(one.beat())
+    clock.now += 0.2
+    asyncio.run(one.beat())
+    assert catalogue.job(job).owner == "late"
+
+
 def test_a_replica_that_beats_lives_however_long_it_takes(catalogue: Catalogue, calls: Calls) -> None:
     clock = Clock()
     one, other = (heartbeat(name, catalogue, calls, clock) for name in ("one", "other"))
