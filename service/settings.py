@@ -125,7 +125,10 @@ class Settings(BaseSettings):
         default=64, ge=1, description="registrations that run or wait; one runs at a time"
     )
     registration_seconds: float = Field(
-        default=600.0, gt=0, allow_inf_nan=False, description="what one registration may take once it runs"
+        default=600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="what one registration may take once it runs; a rebuild as long for each expert",
     )
     registration_attempts: int = Field(
         default=3, ge=1, le=10, description="how often it is begun anew after its process or server died"

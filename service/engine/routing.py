@@ -204,9 +204,10 @@ class Dispatcher:
     def _shadow(
         self, features: Tensor, choice: RoutingChoice, told: RoutingOutcome, trial: Trial
     ) -> ShadowStats | None:
-        router = self._router_of(trial)
-        if router is None:
+        # Without a router of its own it would be compared with itself, and always agree.
+        if trial.router is None:
             return None
+        router = trial.router
         judgement, _ = self._judge(router, features, choice, trial)
         gates = {} if choice.abstain and judgement.silent else judgement.gates
         difference = compared(told.gates, gates)

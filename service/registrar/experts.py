@@ -109,7 +109,11 @@ class ExpertChanges(Changing):
         """
         if number is None:
             expert, generations = await self.expert(name)
-            number = self._before(expert, generations)
+            if expected is not None and expert.generation != expected:
+                # Refused as by every other change; whether there is an older one is not the question then.
+                number = expert.generation or expected
+            else:
+                number = self._before(expert, generations)
         return await self._switch("rollback", name, number, actor, expected, precondition)
 
     async def pin(
@@ -184,7 +188,11 @@ class ExpertChanges(Changing):
             ExpertNotFoundError, RecordNotFoundError, WrongStateError, ConflictError, PreconditionFailedError: as
                 `activate`.
         """
-        await self.get(name)
+        if (await self.get(name)).generation is None:
+            raise WrongStateError(
+                f"The expert {name!r} has no generation that serves, beside which another could be tried; "
+                "activate one."
+            )
         generation = await self.generation(name, number)
         router = await self._ask(self._router_with, generation)
         trial = Trial(name, number, kind, percent, router)

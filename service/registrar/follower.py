@@ -122,13 +122,13 @@ class Follower:
 
     async def reach(self, revision: int, seconds: float) -> bool:
         """Wait until that revision is served; False if it is not in time."""
-        if self.snapshot.revision >= revision:
+        if self._brought(revision):
             return True
         self.known = max(self.known, revision)
         self._news.set()
         try:
             async with asyncio.timeout(seconds), self._moved:
-                await self._moved.wait_for(lambda: self.snapshot.revision >= revision)
+                await self._moved.wait_for(lambda: self._brought(revision))
         except TimeoutError:
             return False
         return True
@@ -143,6 +143,10 @@ class Follower:
         await self.reach(revision, max(deadline - time.monotonic(), 0))
         for name in missing:
             self._check_served(name)
+
+    def _brought(self, revision: int) -> bool:
+        """All of a revision was looked at, what the runtime could not load when it was opened included."""
+        return self._begun and self.snapshot.revision >= revision
 
     def _check_served(self, name: str) -> None:
         if self._serves(name):

@@ -133,6 +133,9 @@ class Loading:
         for name in lost:
             self._current.pop(name, None)
         self._current.update((key.name, key.generation) for key in publish)
+        # Not before they serve: who asks in between is told that it fails, not that it never failed.
+        for key in (*publish, *(trial.key for trial in trials)):
+            self._failures.pop(str(key), None)
         self._keep_routers(snapshot)
         for key in set(staged) - set(publish):
             # Its trial holds it from now on, and lets it go in the end.
@@ -175,7 +178,6 @@ class Loading:
             self._sink.on_load(time.monotonic() - began, failed=True)
             return False
         staged.append(key)
-        self._failures.pop(str(key), None)
         self._sink.on_load(time.monotonic() - began, failed=False)
         return True
 

@@ -61,8 +61,10 @@ class Registrar(ExpertChanges, JobChanges):
         """Revisions, replicas and what is broken; never fails for want of the catalogue."""
         problem = self._follower.problem
         replicas: list[Replica] = []
-        with contextlib.suppress(RegistryUnavailableError):
+        try:
             replicas = list(await self._ask(self.catalogue.replicas))
+        except RegistryUnavailableError as error:
+            problem = problem or error.message
         snapshot = self._follower.snapshot
         return RegistryState(
             revision=self._follower.known,

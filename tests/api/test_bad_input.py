@@ -50,7 +50,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("timeout", {"timeout": 30.5}, "timeout", "limit_exceeded"),
     ("large gate", {"gates": {"alpha": 4.5}}, "gates.alpha", "limit_exceeded"),
     ("negative huge gate", {"gates": {"alpha": -1e30}}, "gates.alpha", "limit_exceeded"),
-    ("many gates", {"gates": {str(i): 1 for i in range(4)}}, "gates", "limit_exceeded"),
+    ("many gates", {"gates": {str(i): 1 for i in range(100)}}, "gates", "limit_exceeded"),
     # prompts
     ("no prompt", {"prompt": None}, "prompt", "invalid_request"),
     ("empty prompt", {"prompt": ""}, "prompt", "invalid_request"),

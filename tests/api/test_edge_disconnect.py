@@ -63,7 +63,7 @@ def test_a_vanished_clients_row_is_free_within_two_steps(
 
 
 def watch(served: Served) -> Watched:
-    thread = served.runtime._thread
+    thread = served.runtime.runtime._thread
     assert thread._stats is not None
     watched = Watched(thread._stats)
     thread._stats = watched

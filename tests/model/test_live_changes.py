@@ -157,6 +157,15 @@ def test_a_canary_takes_its_share_with_its_router_and_leaves_the_rest_as_it_was(
     harness.assert_idle()
 
 
+def test_a_shadow_without_a_router_of_its_own_is_not_compared_with_itself(llama, generations, routers):
+    harness = Harness(llama, _first(generations), router=routers[1])
+    harness.change(LiveChange(router=routers[1], trials=(LiveTrial(key("a", 2), None, "shadow", 100.0),)))
+    for number in range(3):
+        harness.submit(f"r{number}", prompt_ids(number, 9, VOCABULARY), None, TWELVE)
+    harness.run()
+    assert [route.shadow for stats in harness.stats for route in stats.routes] == [None] * 3
+
+
 def test_a_shadow_is_compared_and_changes_no_answer(llama, generations, routers):
     quiet = Harness(llama, _first(generations), router=routers[1])
     watched = Harness(llama, _first(generations), router=routers[1])

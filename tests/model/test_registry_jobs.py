@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from experts.bundle import Bundle
+from experts.registry.sources import new_keys
 from experts.registry.work import Limits, Prepared, RegisterTask, Setup, StoreAt, read_profile
 from service.errors import LimitExceededError
 from service.registrar.checks import Canary, TrialAsked
@@ -75,6 +76,8 @@ def test_a_registration_becomes_a_generation_that_serves(family, root, tmp_path)
             assert json.loads(here.blobs.path(generation.prompts).read_text()) == list(PROMPTS)
             router = here.catalogue.snapshot().router
             assert router.profiles == {"alpha": 1, "beta": 1, "delta": 1}
+            while not here.ended:  # it is told last of all
+                await asyncio.sleep(0.01)
             assert here.half_made() == []
             assert here.ended == [("register", "succeeded")]
 
@@ -230,6 +233,36 @@ def test_a_rebuilt_bundle_takes_the_served_ones_place(family, root, tmp_path):
             # A registration goes on against the new shared expert.
             assert (await here.end_of(here.submit("epsilon", "other"))).state == "succeeded"
             assert here.catalogue.generation("epsilon", 1).build_id == snapshot.bundle.build_id
+
+    asyncio.run(go())
+
+
+def test_a_bundle_that_nobody_vouches_for_is_not_taken_where_experts_must_be_signed(family, root, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(f"ann = {new_keys()[1]}\n")
+
+    async def go() -> None:
+        async with replica(family, root, tmp_path, signature_keys=keys) as here, here.working():
+            ended = await here.end_of(here.catalogue.submit("rebuild", {"path": "full"}, ADMIN, limit=8))
+            assert (ended.state, ended.failure.code) == ("failed", "signature_rejected"), ended.failure
+            assert here.served() == {"alpha": 1, "beta": 1}
+
+    asyncio.run(go())
+
+
+def test_jobs_wait_for_a_disk_that_refuses_at_first(family, root, tmp_path, monkeypatch):
+    monkeypatch.setattr("service.registrar.work.supervisor._LONGEST_PAUSE_SECONDS", 0.05)
+
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here:
+            here.options.folder.parent.mkdir(parents=True, exist_ok=True)
+            here.options.folder.write_text("in the way")
+            async with here.working():
+                job = here.submit("delta", "lora")
+                await asyncio.sleep(0.2)
+                assert here.catalogue.job(job.id).state == "queued"
+                here.options.folder.unlink()
+                assert (await here.end_of(job)).state == "succeeded"
 
     asyncio.run(go())
 

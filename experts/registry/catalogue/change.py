@@ -12,6 +12,9 @@ from experts.registry.catalogue.database import CHANNEL, Database
 from experts.registry.catalogue.rows import now
 from experts.registry.records import Actor
 
+_TARGET = 128
+"""Characters of an audited change's target; names of experts, jobs, aliases and bundles are shorter."""
+
 MAX_NUMBER = 2**53
 """Numbers beyond this were never given out; no database is asked for them."""
 
@@ -220,7 +223,8 @@ def write_audit(
             actor=plain(actor.name),
             address=plain(actor.address),
             action=plain(action)[:64],
-            target=plain(target),
+            # Indexed, and PostgreSQL takes no index entry of a few thousand bytes.
+            target=plain(target)[:_TARGET],
             result=plain(result),
             revision=revision,
             detail=dict(detail),

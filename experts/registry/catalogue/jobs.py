@@ -62,7 +62,7 @@ class Jobs(Connected):
                 known = by_key(change, actor, idempotency_key)
                 if known is not None and known.fingerprint != fingerprint:
                     raise IdempotencyError(
-                        f"the idempotency key {idempotency_key!r} was used for another request; choose a new one"
+                        "this idempotency key was used for another request; choose a new one"
                     )
                 if known is not None:
                     return job_of(known)
@@ -156,7 +156,7 @@ class Jobs(Connected):
         with self._change() as change:
             row = job_row(change.connection, job_id)
             if row.state in ENDED:
-                raise TransitionError(f"the job {job_id} has {row.state}; nothing is left to cancel")
+                raise TransitionError(f"the job {job_id} has ended ({row.state}); nothing is left to cancel")
             return job_of(cancel_job(change, row, actor, "cancelled"))
 
     def cancelled(self, job_id: str, attempt: int) -> Job:

@@ -40,7 +40,7 @@ def check_target(
             )
     elif used and not replaces:
         raise DuplicateExpertError(
-            f"expert {name!r} exists; name the generation to replace, or choose another name"
+            f"expert {name!r} exists; give the generation to replace (expected_generation), or another name"
         )
 
 
@@ -72,6 +72,7 @@ def queue(
         if name is None:
             raise TransitionError("a registration needs the expert's name")
         check_target(change, name, asked["replaces"], asked["expected"], precondition)
+        _check_trial(change, name, asked["request"])
         _check_name_is_free(change, name, build)
         number = allocate(change, name)
         empty = {"files": {}, "origin": {}, "report": {}, "created": now()}
@@ -110,6 +111,20 @@ def allocate(change: Change, name: str) -> int:
         insert(tables.experts).values(name=name, state="active", last=1, pinned=False, created=at, updated=at)
     )
     return 1
+
+
+def _check_trial(change: Change, name: str, request: dict[str, Any]) -> None:
+    """A trial runs beside what serves: refused now, not when all its work is done.
+
+    Raises:
+        TransitionError: nothing of that name serves.
+    """
+    row = change.expert_row(name)
+    if request.get("trial") and (row is None or row.state == "retired" or row.generation is None):
+        raise TransitionError(
+            f"expert {name!r} has no generation that serves, beside which another could be tried; "
+            "leave 'trial' out"
+        )
 
 
 def _check_alone(change: Change, kind: str, name: str | None) -> None:

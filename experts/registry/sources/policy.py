@@ -74,7 +74,7 @@ class FetchPolicy:
         """
         if not self.prefixes:
             raise SourceError(
-                "registering from URLs is off; start the server with allowed prefixes (source_urls)"
+                "registering from URLs is off; start the server with allowed prefixes (TWINSERVE_SOURCE_URLS)"
             )
         location = parse(url)
         if location.query:
@@ -93,7 +93,7 @@ class FetchPolicy:
         if not any(_below(prefix, location) for prefix in self.prefixes):
             raise SourceError(
                 f"{location.scheme}://{location.host} with that path is not among the allowed URL prefixes "
-                "(source_urls)"
+                "(TWINSERVE_SOURCE_URLS)"
             )
 
 

@@ -9,7 +9,8 @@ or adapter; the answer comes when the adapter serves. Different:
 - What is loaded stays, here and on all other replicas, until it is unloaded. Loading is a job: a client that hangs up
   leaves it running, `GET /admin/jobs` shows it.
 - `load_inplace` publishes a new generation; running requests keep the one that they began with.
-- The router does not choose such an expert: register it with `prompts` through `POST /admin/experts` for that.
+- The router knows such an expert by its weights at most, where it can tell experts by them: register it with
+  `prompts` through `POST /admin/experts` for more.
 """
 
 from fastapi import APIRouter, Request, Response

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experts.bundle import Bundle
+from experts.errors import SignatureError
 from experts.registry.rebuild import rebuilt_records
 from experts.registry.records import BundleRecord, Generation, RouterGeneration
 from experts.registry.work import BUNDLE, Built, BundleTask, Stored, StoreTask
@@ -27,6 +28,11 @@ async def rebuild(run: Run, sources: Sources) -> None:
     run.live.check_room()
     before = [generation for _, generation in sorted(snapshot.experts.items())]
     folder = await _confined(run, sources, request.get("path"))
+    if folder is not None and run.options.keys is not None:
+        raise SignatureError(
+            "a bundle carries no signature, and this server takes signed experts only; register its experts one "
+            "by one"
+        )
     task = BundleTask(
         bundle=run.served.bundle.path,
         build_id=snapshot.bundle.build_id,

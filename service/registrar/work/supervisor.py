@@ -10,9 +10,10 @@ import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
-from experts.errors import CatalogueError, ExpertsError, JobLostError
+from experts.errors import BlobError, CatalogueError, ExpertsError, JobLostError
 from experts.registry.catalogue import Catalogue
 from experts.registry.records import Job, JobFailure
 from experts.registry.work import Scratch, Setup
@@ -97,8 +98,7 @@ class Supervisor:
 
     async def run(self) -> None:
         """Carry jobs out until cancelled; the one that runs then is given up where it stands."""
-        opening = Scratch.opened(self._options.folder)
-        scratch = await self._insist(opening.__enter__)
+        opening, scratch = await self._open_scratch()
         ahead = asyncio.create_task(self._prepare())
         try:
             while True:
@@ -113,6 +113,19 @@ class Supervisor:
             await asyncio.gather(ahead, return_exceptions=True)
             await self._workers.close()
             await asyncio.to_thread(opening.__exit__, None, None, None)
+
+    async def _open_scratch(self) -> tuple[AbstractContextManager[Scratch], Scratch]:
+        """The folder for half-made files. A disk that refuses is asked again: jobs are taken in, and wait for it."""
+        told = ""
+        while True:
+            opening = Scratch.opened(self._options.folder)
+            try:
+                return opening, await self._calls(opening.__enter__)
+            except BlobError as error:
+                if str(error) != told:
+                    _log.error("no job can run on this replica: %s", error)
+                told = str(error)
+            await asyncio.sleep(_LONGEST_PAUSE_SECONDS)
 
     async def _claim(self) -> Job | None:
         """The next job, if it is our turn."""
@@ -150,11 +163,11 @@ class Supervisor:
 
     async def _carry_out(self, job: Job, scratch: Scratch) -> None:
         began = time.monotonic()
-        attempt = _Attempt(job)
+        attempt = _Attempt(job, await self._seconds_for(job))
         _log.info("job %s (%s %s) begins, attempt %d", job.id, job.kind, job.name or "", job.attempt)
         work = asyncio.create_task(self._work(attempt, scratch))
         try:
-            why = await self._watch(attempt, work, began + self._options.seconds)
+            why = await self._watch(attempt, work, began + attempt.seconds)
         except BaseException:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
@@ -164,6 +177,13 @@ class Supervisor:
             seconds = time.monotonic() - began
             _log.info("job %s has %s after %.2f s", job.id, state, seconds)
             self._ended(job.kind, state, seconds)
+
+    async def _seconds_for(self, job: Job) -> float:
+        """What an attempt may take. A rebuild compresses every expert anew, and has as long for each of them."""
+        if job.kind != "rebuild":
+            return self._options.seconds
+        snapshot = await self._insist(self._catalogue.snapshot)
+        return self._options.seconds * max(len(snapshot.experts) if snapshot is not None else 0, 1)
 
     async def _work(self, attempt: "_Attempt", scratch: Scratch) -> None:
         """The whole attempt, to its publication; whatever happens, nothing of it stays but what went live."""
@@ -216,6 +236,8 @@ class Supervisor:
         job = attempt.job
         while not work.done():
             await self._until_told(work)
+            if work.done():
+                break
             why = None
             try:
                 tell = functools.partial(self._catalogue.progress, job.id, job.attempt, attempt.gauge.now())
@@ -271,7 +293,7 @@ class Supervisor:
         what = f"the expert {job.name!r}" if job.name else "the bundle"
         if error is None:
             late = RegistrationTimeoutError(
-                f"The registration of {what} took longer than {self._options.seconds:g} s "
+                f"The registration of {what} took longer than {attempt.seconds:g} s "
                 f"(TWINSERVE_REGISTRATION_SECONDS), in stage {attempt.gauge.stage!r}, and was stopped; nothing "
                 "was registered."
             )
@@ -307,8 +329,9 @@ class Supervisor:
 class _Attempt:
     """What is known of an attempt from outside it, before and after it has begun."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, seconds: float) -> None:
         self.job = job
+        self.seconds = seconds
         self.gauge = Gauge(job.progress.percent)
         self.run: Run | None = None
 

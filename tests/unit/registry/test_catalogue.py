@@ -31,6 +31,7 @@ from tests.unit.registry.catalogue import (
     ADMIN,
     BUILD,
     adopt,
+    digest,
     finish,
     generation,
     publish,
@@ -506,6 +507,14 @@ def test_jobs_are_listed_the_newest_first_page_by_page(catalogue: Catalogue) -> 
     assert [job.id for job in catalogue.jobs(limit=9, after=first[-1].id)] == made[2::-1]
     assert [job.id for job in catalogue.jobs(name="n3")] == [made[3]]
     assert catalogue.jobs(state="running") == []
+
+
+def test_a_refused_change_of_a_monstrous_name_is_in_the_audit_log_too(catalogue: Catalogue) -> None:
+    # Random text: what a database can compress it might index all the same.
+    name = "".join(digest(str(number)) for number in range(200))
+    catalogue.record(ADMIN, "retire", name, "refused: UnknownExpertError")
+    assert name.startswith(catalogue.audit(limit=1)[0].target)
+    assert len(catalogue.audit(limit=1)[0].target) >= 64
 
 
 def test_every_change_is_in_the_audit_log_with_who_asked(catalogue: Catalogue) -> None:
