@@ -102,7 +102,7 @@ class Heartbeat:
         )
 
     async def leave(self) -> None:
-        """Say that this replica ends: its jobs go to others at once, and do not count as an attempt that died."""
+        """Say that this replica ends: its jobs go to others at once, however often they were begun before."""
         await self._calls(lambda: self._catalogue.requeue(self._replica, _NO_LIMIT))
         await self._calls(lambda: self._catalogue.drop_replica(self._replica))
 

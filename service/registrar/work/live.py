@@ -35,6 +35,11 @@ class Stage(Protocol):
         """Tokens of one sequence."""
         ...
 
+    @property
+    def alive(self) -> bool:
+        """False once its engine has ended, which a restart alone mends."""
+        ...
+
     def check_room(self) -> None:
         """Raise StorageFullError where another bundle could not be served beside the current one."""
         ...

@@ -128,7 +128,9 @@ class Supervisor:
             await asyncio.sleep(_LONGEST_PAUSE_SECONDS)
 
     async def _claim(self) -> Job | None:
-        """The next job, if it is our turn."""
+        """The next job, if it is our turn. Whose engine has ended could only fail it: others shall have it."""
+        if not self._live.alive:
+            return None
         try:
             return await self._calls(lambda: self._catalogue.claim(self._replica))
         except CatalogueError as error:
