@@ -53,7 +53,11 @@ def prepare_expert(
     # The base itself is not in the bundle. The shared expert has its shapes, config and tokenizer.
     fine_tune = open_source(name, source, bundle)
     chosen = spec or bundle.manifest.compression
-    if isinstance(fine_tune, OverShared) and fine_tune.kept and _same_size(chosen, bundle.manifest.compression):
+    if (
+        isinstance(fine_tune, OverShared)
+        and fine_tune.kept
+        and _same_size(chosen, bundle.manifest.compression)
+    ):
         return fine_tune.kept
     statistics = None
     if chosen.allocation == "activation":

@@ -122,6 +122,16 @@ def _note(body: bytes, parsed: Any, log_bodies: bool) -> None:
         _log.info("request body", extra={"fields": {"body": body[:_BODY_LOGGED].decode(errors="replace")}})
 
 
+def _has_no_body(request: Request) -> bool:
+    """Nothing was sent, and nothing was said of it (RFC 9112, section 6)."""
+    headers = request.headers
+    return (
+        headers.get("content-length", "0") == "0"
+        and "transfer-encoding" not in headers
+        and "content-type" not in headers
+    )
+
+
 def json_route(max_depth: int, *, log_bodies: bool = False) -> type[APIRoute]:
     """A route class that parses bodies with `parse_json` before FastAPI sees them."""
 
@@ -130,8 +140,11 @@ def json_route(max_depth: int, *, log_bodies: bool = False) -> type[APIRoute]:
             handle = super().get_route_handler()
             if self.body_field is None:
                 return handle
+            required = self.body_field.field_info.is_required()
 
             async def parse_then_handle(request: Request) -> Response:
+                if not required and _has_no_body(request):
+                    return await handle(request)
                 kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
                 if kind != "application/json":
                     raise HTTPException(

@@ -77,8 +77,12 @@ class Registrar(ExpertChanges, JobChanges):
             problem=problem,
         )
 
-    async def collect_garbage(self, actor: Actor) -> Collected:
+    async def collect_garbage(self, actor: Actor, keep: int | None = None) -> Collected:
         """Remove old generations beyond what is kept, and blobs that nothing needs.
+
+        Args:
+            actor: who asks.
+            keep: newest generations of each expert that stay; the server's setting if not given.
 
         Raises:
             StorageFullError, RegistryUnavailableError: the store cannot be used.
@@ -86,7 +90,7 @@ class Registrar(ExpertChanges, JobChanges):
         self._check_writable()
         with translated():
             collected = await self._calls(
-                lambda: collect_garbage(self.catalogue, self.blobs, self._keep, actor)
+                lambda: collect_garbage(self.catalogue, self.blobs, keep or self._keep, actor)
             )
         self._sink.on_collected(len(collected.generations), collected.blobs, collected.nbytes)
         return collected

@@ -449,6 +449,31 @@ def test_answers_under_replacement_are_of_the_generations_that_they_name(
     assert min(counts.values()) > 0
 
 
+def test_what_has_only_defaults_needs_no_body(admin: Operator, truth: dict[str, str], name: str) -> None:
+    assert admin.post(f"/experts/{name}/pin").json()["pinned"] is True
+    assert admin.ask("DELETE", f"/experts/{name}/pin").json()["pinned"] is False
+    assert admin.post(f"/experts/{name}/rollback").json()["generation"] == 1
+    assert admin.text(model=name) == (truth["one"], {name: 1})
+    half = admin.post(f"/experts/{name}/rollback", headers={"Content-Type": "application/json"})
+    assert (half.status_code, error_of(half)["code"]) == (400, "invalid_request")
+
+
+def test_garbage_collection_leaves_what_serves_and_as_many_generations_as_it_is_told(
+    admin: Operator, truth: dict[str, str], name: str
+) -> None:
+    admin.registered(name=name, path="three", expected_generation=2)
+    for keep in (0, -1, "all"):
+        refused = admin.post("/registry/gc", {"keep": keep})
+        assert (refused.status_code, error_of(refused)["param"]) == (400, "keep")
+    assert f"{name}@1" not in admin.post("/registry/gc").json()["generations"]
+    # Not before every replica has said that it serves what came after.
+    assert eventually(lambda: f"{name}@1" in admin.post("/registry/gc", {"keep": 2}).json()["generations"])
+    refused = admin.post(f"/experts/{name}/activate", {"generation": 1})
+    assert (refused.status_code, error_of(refused)["code"]) == (409, "wrong_state")
+    assert admin.post(f"/experts/{name}/activate", {"generation": 2}).status_code == 200
+    assert admin.text(model=name) == (truth["two"], {name: 2})
+
+
 def test_the_registrys_state_tells_revisions_and_replicas(admin: Operator) -> None:
     # A router that was queued to be fitted again may come at any time.
     for state in ("queued", "running"):

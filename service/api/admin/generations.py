@@ -67,8 +67,11 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
         return None
 
     @router.post("/admin/experts/{name}/rollback", response_model=ExpertAnswer, responses=CHANGED)
-    async def rollback(request: Request, name: str, body: RollbackBody, if_match: IfMatch = None) -> Response:
+    async def rollback(
+        request: Request, name: str, body: RollbackBody | None = None, if_match: IfMatch = None
+    ) -> Response:
         """Serve an older generation again, at once; without a number the newest ready one before the current."""
+        body = body or RollbackBody()
         change = expected(if_match, body.expected_generation).of(request)
         return await changed(registrar.rollback(name, body.generation, **change))
 
@@ -79,8 +82,11 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
         return await changed(registrar.activate(name, body.generation, **change))
 
     @router.post("/admin/experts/{name}/pin", response_model=ExpertAnswer, responses=CHANGED)
-    async def pin(request: Request, name: str, body: PinBody, if_match: IfMatch = None) -> Response:
+    async def pin(
+        request: Request, name: str, body: PinBody | None = None, if_match: IfMatch = None
+    ) -> Response:
         """Keep a generation: registrations make new ones ready and leave this one in place."""
+        body = body or PinBody()
         change = expected(if_match, body.expected_generation).of(request)
         return await changed(registrar.pin(name, body.generation, **change))
 

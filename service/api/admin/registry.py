@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.admin.asking import AdminParts, actor_of, admin_refusals
 from service.api.admin.telling import json_answer, registry_answer
+from service.api.wire.admin import CollectBody
 from service.api.wire.registry import CollectedAnswer, RegistryAnswer
 
 
@@ -17,9 +18,9 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
         return json_answer(registry_answer(await registrar.state()))
 
     @router.post("/admin/registry/gc", response_model=CollectedAnswer, responses=admin_refusals())
-    async def collect(request: Request) -> Response:
+    async def collect(request: Request, body: CollectBody | None = None) -> Response:
         """Give up files that no generation, lease or replica needs."""
-        collected = await registrar.collect_garbage(actor_of(request))
+        collected = await registrar.collect_garbage(actor_of(request), body.keep if body else None)
         return json_answer(
             CollectedAnswer(
                 generations=list(collected.generations), blobs=collected.blobs, bytes=collected.nbytes

@@ -129,6 +129,14 @@ class RollbackBody(WireModel):
     expected_generation: GenerationNumber | None = None
 
 
+class CollectBody(WireModel):
+    """What garbage collection leaves of an expert: its newest generations, as many as the server's setting says."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{}, {"keep": 4}]})
+
+    keep: GenerationNumber | None = None
+
+
 class ActivateBody(WireModel):
     """A ready generation to serve."""
 
