@@ -71,13 +71,15 @@ class JobChanges(Changing):
         return await self._submit("rebuild", dict(body), actor, key)
 
     async def job(self, job_id: str) -> Job:
-        """One job.
+        """One job; where it has succeeded, as soon as this replica serves what it made, within bounds.
 
         Raises:
             RecordNotFoundError: there is none of that id.
         """
-        with translated():
-            return await self._calls(lambda: self.catalogue.job(job_id))
+        job = await self._look(job_id)
+        if job.state == "succeeded":
+            await self.follow()
+        return job
 
     async def jobs(
         self,
@@ -93,10 +95,10 @@ class JobChanges(Changing):
     async def wait(self, job_id: str, seconds: float) -> Job:
         """The job when it has ended and, if it succeeded, this replica serves what it made; or as it is in time."""
         deadline = time.monotonic() + seconds
-        job = await self.job(job_id)
+        job = await self._look(job_id)
         while job.state not in ENDED and time.monotonic() < deadline:
             await asyncio.sleep(min(_WATCH_SECONDS, max(deadline - time.monotonic(), 0)))
-            job = await self.job(job_id)
+            job = await self._look(job_id)
         if job.state == "succeeded":
             await self.follow()
         return job
@@ -106,7 +108,7 @@ class JobChanges(Changing):
         seen: Job | None = None
         while seen is None or seen.state not in ENDED:
             with contextlib.suppress(RegistryUnavailableError):
-                job = await self.job(job_id)
+                job = await self._look(job_id)
                 if job != seen:
                     seen = job
                     if job.state == "succeeded":
@@ -134,3 +136,7 @@ class JobChanges(Changing):
         return await self._change(
             "retry", job_id, actor, lambda: self.catalogue.retry(job_id, actor, limit=self._limit)
         )
+
+    async def _look(self, job_id: str) -> Job:
+        with translated():
+            return await self._calls(lambda: self.catalogue.job(job_id))

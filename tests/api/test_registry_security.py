@@ -466,7 +466,7 @@ def test_a_name_on_the_list_that_leads_to_this_machine_is_refused(
 
 def test_no_url_is_read_where_none_is_allowed(server: Served) -> None:
     answer = server.post("/admin/experts", {"name": REFUSED, "url": "https://models.example/"}, headers=ADMIN)
-    expect(answer, 403, "source_not_allowed", "source_urls", param="url")
+    expect(answer, 403, "source_not_allowed", "TWINSERVE_SOURCE_URLS", param="url")
 
 
 # -- names ----------------------------------------------------------------------------------------------

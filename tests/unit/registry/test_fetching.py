@@ -149,7 +149,7 @@ def test_a_url_outside_the_allow_list_is_never_asked_for(tmp_path: Path, url: st
 
 
 def test_nothing_is_allowed_without_a_list(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="source_urls"):
+    with pytest.raises(SourceError, match="SOURCE_URLS"):
         fetch("https://models.test/", tmp_path, policy())
 
 
