@@ -37,7 +37,7 @@ def collect_garbage(
     grace_seconds: float = 0.0,
     dry_run: bool = False,
 ) -> Collected:
-    """Give up generations beyond the newest `keep` of each expert, then blobs that nothing needs.
+    """Give up generations beyond the newest `keep` of each expert, then blobs that nothing needs, half ones too.
 
     The catalogue forgets first: a crash in between leaves blobs that the next collection finds. What a change is
     about to need is pinned before it is put, and no pin can come while blobs are deleted.
@@ -55,6 +55,9 @@ def collect_garbage(
     else:
         old = catalogue.collect(old, actor) if old else []
         gone = list(unneeded(catalogue, blobs, grace_seconds, delete=True))
+        with blobs.sweeping():
+            for name in blobs.leftovers():
+                blobs.remove_leftover(name)
         blobs.tidy()
     return Collected(
         tuple(f"{each.name}@{each.number}" for each in old), len(gone), sum(blob.nbytes for blob in gone)

@@ -241,6 +241,16 @@ def test_orphans_and_leftovers_are_removed(registry: Registry) -> None:
     assert not registry.blobs.has(orphan.sha256)
 
 
+def test_garbage_collection_takes_what_killed_writers_left(registry: Registry) -> None:
+    half = registry.root / "blobs" / "incoming" / "half"
+    half.write_bytes(b"hal")
+    collect_garbage(registry.catalogue, registry.blobs, 1, ACTOR, dry_run=True)
+    assert half.exists()
+    collect_garbage(registry.catalogue, registry.blobs, 1, ACTOR)
+    assert not half.exists()
+    assert registry.kinds() == []
+
+
 def test_files_of_a_registration_that_runs_are_no_orphans(registry: Registry) -> None:
     registry.catalogue.beat(Replica("replica", 1, 1, BUILD))
     job, made = registry.begin("alpha")
