@@ -1,6 +1,7 @@
 """Files as a bundle needs them: digests, no links, durable writes, one writer at a time."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -13,6 +14,9 @@ from experts.bundle_manifest import SHARED_NAME, FileEntry
 from experts.checkpoint import Checkpoint
 from experts.errors import BundleError, CheckpointError, CorruptBundleError, RoutingError
 from experts.routing import Router, load_router
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What the system says where a file finds no room: on the disk, in the quota, below the largest size."""
 
 
 def digest(path: Path) -> FileEntry:

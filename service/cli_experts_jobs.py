@@ -3,7 +3,7 @@
 import contextlib
 import json
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -112,10 +112,7 @@ def add(
                 body["upload"] = send(server, files, Remembered.of_user(), show)
         else:
             body["path" if server_path else "url"] = source
-        # One key for this call, so that a request whose answer was lost can be sent again.
-        headers = {"Idempotency-Key": secrets.token_hex(16)}
-        job = server.ask("POST", "/admin/experts", body, headers=headers, again=True)
-        _finish(server, job, detach, as_json)
+        _finish(server, _begun(server, "/admin/experts", body), detach, as_json)
 
 
 def jobs(
@@ -228,9 +225,7 @@ def rebuild(
         body["merge"] = read_parameters(merge)
     body |= {field: value for field, value in {"base": base, "path": path}.items() if value is not None}
     with connected(url, key, as_json) as server:
-        headers = {"Idempotency-Key": secrets.token_hex(16)}
-        job = server.ask("POST", "/admin/bundles", body, headers=headers, again=True)
-        _finish(server, job, detach, as_json)
+        _finish(server, _begun(server, "/admin/bundles", body), detach, as_json)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -262,6 +257,12 @@ def read_parameters(pairs: Iterable[str]) -> dict[str, Any]:
         except ValueError:
             found[name] = value
     return found
+
+
+def _begun(server: Server, path: str, body: Mapping[str, Any]) -> Job:
+    """The job that a request begins; its own key lets one be sent again whose answer was lost."""
+    headers = {"Idempotency-Key": secrets.token_hex(16)}
+    return dict(server.ask("POST", path, body, headers=headers, again=True))
 
 
 def _finish(server: Server, job: Job, detach: bool, as_json: bool) -> None:

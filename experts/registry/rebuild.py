@@ -7,7 +7,7 @@ the bundle knows of it, δ_t = (θ* − θ₀) + v_t. One tensor of each is in m
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from experts.registry.fitting import Kind, every_layer, fit_router, subspace_rou
 from experts.registry.prepare import compress_exclusive
 from experts.registry.reconstruct import Member, base_of, opened
 from experts.registry.records import BundleRecord, Generation, RouterGeneration
-from experts.registry.refit import MIN_PROMPTS
+from experts.registry.refit import MIN_PROMPTS, VALIDATION_EVERY
 from experts.registry.responses import of_fine_tune, readable
 from experts.routing import FeatureSpec, Router, RoutingPrompt, extract_features, fitted, render_prompts
 from experts.routing.loading import load_model, load_tokenizer
@@ -43,8 +43,6 @@ Progress = Callable[[str, int, int, str], None]
 
 _LEARNING: tuple[Kind, ...] = ("mlp", "gaussian", "nearest", "staged")
 """Kinds of router that are fitted on prompts."""
-
-_VALIDATION_EVERY = 5
 
 
 @dataclass(frozen=True)
@@ -136,14 +134,15 @@ def _add_experts(
 ) -> None:
     """Every exclusive vector against the new shared expert, as it was written."""
     total = len(plan.members) * len(shared.names)
+    # Loaded for the first expert that is weighed so, and for no other again.
+    weighing = cache(lambda: (load_model(writer.shared_path), load_tokenizer(writer.shared_path)))
     for index, member in enumerate(plan.members):
         places = {name: index * len(shared.names) + place for place, name in enumerate(shared.names, start=1)}
         spec = member.compression or writer.compression
         prompts = [RoutingPrompt(prompt=text) for text in member.prompts]
         statistics = None
         if spec.allocation == "activation" and prompts:
-            tokenizer, model = load_tokenizer(writer.shared_path), load_model(writer.shared_path)
-            statistics = expert_statistics(model, tokenizer, member.name, prompts)
+            statistics = expert_statistics(*weighing(), member.name, prompts)
         elif spec.allocation == "activation":
             spec = spec.model_copy(update={"allocation": "energy"})
         compressed = compress_exclusive(
@@ -233,7 +232,7 @@ def _features(members: Sequence[Member], shared: Path, spec: FeatureSpec, report
 
 
 def _held_out(place: int) -> bool:
-    return place % _VALIDATION_EVERY == _VALIDATION_EVERY - 1
+    return place % VALIDATION_EVERY == VALIDATION_EVERY - 1
 
 
 def rebuilt_records(

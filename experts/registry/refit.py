@@ -18,7 +18,7 @@ from experts.routing.router import DataFree
 
 MIN_PROMPTS = 8
 """Fewer prompts than this cannot both train and validate."""
-_VALIDATION_EVERY = 5
+VALIDATION_EVERY = 5
 
 
 def refit_router(
@@ -49,7 +49,7 @@ def refit_router(
             f"features of shape {tuple(features.shape)} for {name!r}; give at least {MIN_PROMPTS} prompts "
             f"in {forms} form(s) each"
         )
-    held_out = torch.arange(features.shape[0]) // forms % _VALIDATION_EVERY == _VALIDATION_EVERY - 1
+    held_out = torch.arange(features.shape[0]) // forms % VALIDATION_EVERY == VALIDATION_EVERY - 1
     return router.refitted(name, features[~held_out], features[held_out], seed)
 
 

@@ -5,7 +5,7 @@ and files, `follower.py` keeps the runtime in step with them, `replica.py` tells
 runs the jobs, in processes of their own.
 """
 
-from service.registrar.checks import Canary, Registration, TrialAsked
+from service.registrar.checks import Canary, ChangeAsked, Registration, TrialAsked
 from service.registrar.family import CatalogueFamily
 from service.registrar.opening import Registry, catalogue_url, open_blobs, open_registry
 from service.registrar.registrar import Registrar
@@ -16,6 +16,7 @@ from service.registrar.translate import job_error, translate
 __all__ = [
     "Canary",
     "CatalogueFamily",
+    "ChangeAsked",
     "ExpertView",
     "Registrar",
     "Registration",

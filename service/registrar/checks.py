@@ -7,7 +7,7 @@ from typing import Any, Literal
 from experts.bundle import check_name
 from experts.errors import BundleError
 from experts.registry import MIN_PROMPTS
-from experts.registry.records import TrialKind
+from experts.registry.records import Actor, TrialKind
 from service.errors import InvalidRequestError
 
 
@@ -26,6 +26,20 @@ class TrialAsked:
 
     kind: TrialKind
     percent: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeAsked:
+    """Who asks for a change of an expert, and on top of what.
+
+    Attributes:
+        expected: the generation that must be the current one; None does not care.
+        precondition: `expected` comes from `If-Match`.
+    """
+
+    actor: Actor
+    expected: int | None = None
+    precondition: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,19 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 from experts.errors import StaleRouterError
 from experts.registry.records import Actor, Expert, ExpertState, Generation, Trial, TrialKind
 from service.errors import ExpertNotFoundError, RecordNotFoundError, TwinserveError, WrongStateError
 from service.registrar.changing import Changing
+from service.registrar.checks import ChangeAsked
 from service.registrar.status import ExpertView, merge
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -62,44 +68,35 @@ class ExpertChanges(Changing):
         Raises:
             RecordNotFoundError: there is none.
         """
-        for generation in await self._ask(self.catalogue.generations, name):
-            if generation.number == number:
-                return generation
-        raise RecordNotFoundError(f"The expert {name[:64]!r} has no generation {number}.")
+        return _numbered(await self._ask(self.catalogue.generations, name), name, number)
 
     async def activate(
         self,
         name: str,
         number: int,
         *,
-        actor: Actor,
-        expected: int | None = None,
-        precondition: bool = False,
+        asked: ChangeAsked,
     ) -> ExpertView:
         """Let a ready generation serve from now on, with the router of its time where there is one.
 
         Args:
             name: the expert.
             number: its generation.
-            actor: who asks.
-            expected: the generation that must be the current one.
-            precondition: `expected` comes from `If-Match`.
+            asked: by whom, and on top of which generation.
 
         Raises:
             ExpertNotFoundError, RecordNotFoundError: there is no such expert or generation.
             ConflictError, PreconditionFailedError: another generation is current than the expected one.
             WrongStateError: the generation is not ready, or of another bundle.
         """
-        return await self._switch("activate", name, number, actor, expected, precondition)
+        return await self._switch("activate", name, number, asked)
 
     async def rollback(
         self,
         name: str,
         number: int | None = None,
         *,
-        actor: Actor,
-        expected: int | None = None,
-        precondition: bool = False,
+        asked: ChangeAsked,
     ) -> ExpertView:
         """As `activate`, by default to the newest ready generation before the current one.
 
@@ -109,21 +106,19 @@ class ExpertChanges(Changing):
         """
         if number is None:
             expert, generations = await self.expert(name)
-            if expected is not None and expert.generation != expected:
+            if asked.expected is not None and expert.generation != asked.expected:
                 # Refused as by every other change; whether there is an older one is not the question then.
-                number = expert.generation or expected
+                number = expert.generation or asked.expected
             else:
                 number = self._before(expert, generations)
-        return await self._switch("rollback", name, number, actor, expected, precondition)
+        return await self._switch("rollback", name, number, asked)
 
     async def pin(
         self,
         name: str,
         number: int | None = None,
         *,
-        actor: Actor,
-        expected: int | None = None,
-        precondition: bool = False,
+        asked: ChangeAsked,
     ) -> ExpertView:
         """Keep the current generation, or switch to another and keep that, whatever is registered later.
 
@@ -133,18 +128,12 @@ class ExpertChanges(Changing):
         """
         expert, _ = await self.expert(name)
         if number is not None and number != expert.generation:
-            await self._switch("pin", name, number, actor, expected, precondition)
-            expected = number
+            await self._switch("pin", name, number, asked)
+            asked = replace(asked, expected=number)
         chosen = number or expert.generation
         if chosen is None:
             raise WrongStateError(f"The expert {name!r} has no ready generation to pin yet.")
-        await self._change(
-            "pin",
-            name,
-            actor,
-            lambda: self.catalogue.pin(name, chosen, actor, expected=expected),
-            precondition=precondition,
-        )
+        await self._asked_for("pin", name, asked, partial(self.catalogue.pin, name, chosen))
         return await self.get(name)
 
     async def unpin(self, name: str, *, actor: Actor) -> ExpertView:
@@ -153,23 +142,17 @@ class ExpertChanges(Changing):
         await self._change("unpin", name, actor, lambda: self.catalogue.pin(name, None, actor))
         return await self.get(name)
 
-    async def disable(
-        self, name: str, *, actor: Actor, expected: int | None = None, precondition: bool = False
-    ) -> ExpertView:
+    async def disable(self, name: str, *, asked: ChangeAsked) -> ExpertView:
         """Serve an expert no more until it is enabled; running requests keep it."""
-        return await self._set_state("disable", name, "disabled", actor, expected, precondition)
+        return await self._set_state("disable", name, "disabled", asked)
 
-    async def enable(
-        self, name: str, *, actor: Actor, expected: int | None = None, precondition: bool = False
-    ) -> ExpertView:
+    async def enable(self, name: str, *, asked: ChangeAsked) -> ExpertView:
         """Serve a disabled expert again."""
-        return await self._set_state("enable", name, "active", actor, expected, precondition)
+        return await self._set_state("enable", name, "active", asked)
 
-    async def retire(
-        self, name: str, *, actor: Actor, expected: int | None = None, precondition: bool = False
-    ) -> ExpertView:
+    async def retire(self, name: str, *, asked: ChangeAsked) -> ExpertView:
         """Take an expert out of service for good; running requests keep it."""
-        return await self._set_state("retire", name, "retired", actor, expected, precondition)
+        return await self._set_state("retire", name, "retired", asked)
 
     async def try_out(
         self,
@@ -178,9 +161,7 @@ class ExpertChanges(Changing):
         kind: TrialKind,
         percent: float,
         *,
-        actor: Actor,
-        expected: int | None = None,
-        precondition: bool = False,
+        asked: ChangeAsked,
     ) -> ExpertView:
         """Try a ready generation out beside the one that serves, on `percent` of routed requests, in (0, 100].
 
@@ -196,33 +177,28 @@ class ExpertChanges(Changing):
         generation = await self.generation(name, number)
         router = await self._ask(self._router_with, generation)
         trial = Trial(name, number, kind, percent, router)
-        return await self._set_trial(name, trial, actor, expected, precondition)
+        return await self._set_trial(name, trial, asked)
 
     async def end_trial(self, name: str, *, actor: Actor) -> ExpertView:
         """Serve the current generation alone again."""
-        return await self._set_trial(name, None, actor, None, False)
+        return await self._set_trial(name, None, ChangeAsked(actor))
 
-    async def _switch(
-        self,
-        action: str,
-        name: str,
-        number: int,
-        actor: Actor,
-        expected: int | None,
-        precondition: bool,
-    ) -> ExpertView:
-        """Another generation, with a router that knows it; a job makes one where there is none."""
-        await self.generations(name)
-        generation = await self.generation(name, number)
-        router = await self._change(
+    async def _asked_for(self, action: str, name: str, asked: ChangeAsked, change: Callable[..., T]) -> T:
+        """A change of the catalogue that takes who asks, and `expected`."""
+        return await self._change(
             action,
             name,
-            actor,
-            lambda: self._activate(generation, actor, expected),
-            precondition=precondition,
+            asked.actor,
+            partial(change, asked.actor, expected=asked.expected),
+            precondition=asked.precondition,
         )
+
+    async def _switch(self, action: str, name: str, number: int, asked: ChangeAsked) -> ExpertView:
+        """Another generation, with a router that knows it; a job makes one where there is none."""
+        generation = _numbered(await self.generations(name), name, number)
+        router = await self._asked_for(action, name, asked, partial(self._activate, generation))
         if router is None and self._follower.routed:
-            await self._reprofile(generation, actor)
+            await self._reprofile(generation, asked.actor)
         return await self.get(name)
 
     def _activate(self, generation: Generation, actor: Actor, expected: int | None) -> int | None:
@@ -247,35 +223,13 @@ class ExpertChanges(Changing):
         except TwinserveError as error:
             _log.warning("the router is not fitted to %s@%d: %s", generation.name, generation.number, error)
 
-    async def _set_state(
-        self,
-        action: str,
-        name: str,
-        state: ExpertState,
-        actor: Actor,
-        expected: int | None,
-        precondition: bool,
-    ) -> ExpertView:
+    async def _set_state(self, action: str, name: str, state: ExpertState, asked: ChangeAsked) -> ExpertView:
         await self.get(name)
-        await self._change(
-            action,
-            name,
-            actor,
-            lambda: self.catalogue.set_state(name, state, actor, expected=expected),
-            precondition=precondition,
-        )
+        await self._asked_for(action, name, asked, partial(self.catalogue.set_state, name, state))
         return merge(await self._ask(self.catalogue.expert, name), self._live.experts())
 
-    async def _set_trial(
-        self, name: str, trial: Trial | None, actor: Actor, expected: int | None, precondition: bool
-    ) -> ExpertView:
-        await self._change(
-            "trial",
-            name,
-            actor,
-            lambda: self.catalogue.try_out(name, trial, actor, expected=expected),
-            precondition=precondition,
-        )
+    async def _set_trial(self, name: str, trial: Trial | None, asked: ChangeAsked) -> ExpertView:
+        await self._asked_for("trial", name, asked, partial(self.catalogue.try_out, name, trial))
         return await self.get(name)
 
     def _find(self, name: str) -> tuple[Expert, Sequence[Generation]]:
@@ -312,6 +266,13 @@ class ExpertChanges(Changing):
             if generation.state == "ready" and generation.number < (expert.generation or 0):
                 return generation.number
         raise WrongStateError(f"The expert {expert.name!r} has no older ready generation to go back to.")
+
+
+def _numbered(generations: Sequence[Generation], name: str, number: int) -> Generation:
+    for generation in generations:
+        if generation.number == number:
+            return generation
+    raise RecordNotFoundError(f"The expert {name[:64]!r} has no generation {number}.")
 
 
 def _was_ready(generations: Sequence[Generation]) -> bool:

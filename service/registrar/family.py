@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experts.bundle import Bundle, ExpertWeights
-from experts.errors import UnknownExpertError
 from experts.registry.blobs import Blobs
 from experts.registry.catalogue import Catalogue
 from experts.registry.reading import GenerationReader
-from experts.registry.records import Generation, RouterGeneration, Snapshot
+from experts.registry.records import Generation, Snapshot
 from experts.routing import Router
 
 
@@ -61,10 +60,6 @@ class CatalogueFamily:
         router = self.snapshot.router
         return None if router is None else self.reader.router(router)
 
-    def read_router(self, generation: RouterGeneration) -> Router:
-        """Any router of this bundle. Raises RegistryError or CorruptBundleError."""
-        return self.reader.router(generation)
-
     def loader(self) -> "CatalogueFamily":
         """Itself."""
         return self
@@ -73,17 +68,12 @@ class CatalogueFamily:
         """Any ready generation of this bundle, known or looked up.
 
         Raises:
-            UnknownExpertError: the catalogue has no such generation.
+            RecordNotFoundError: the catalogue has no such generation.
             RegistryError, CorruptBundleError: it cannot be had.
         """
         with self._lock:
             known = self._known.get((name, generation))
-        if known is None:
-            found = [each for each in self._catalogue.generations(name) if each.number == generation]
-            if not found:
-                raise UnknownExpertError(f"the catalogue has no generation {generation} of {name!r}")
-            [known] = found
-        return self.reader.expert(known)
+        return self.reader.expert(known or self._catalogue.generation(name, generation))
 
     def learn(self, snapshot: Snapshot) -> None:
         """Remember where the files of this snapshot's generations are, and of the one before, which requests may

@@ -12,7 +12,7 @@ from experts.errors import (
     ExpertsError,
     MissingBlobError,
 )
-from experts.registry.records import Generation, RouterGeneration, Snapshot
+from experts.registry.records import RouterGeneration, Snapshot
 from experts.routing import Router, among
 from service.core import ExpertKey
 from service.engine.change import LiveChange, LiveTrial
@@ -114,7 +114,7 @@ class Loading:
         self._forget_old(snapshot)
         staged: list[ExpertKey] = []
         try:
-            publish = [key for key in self._news(snapshot) if await self._have(key, snapshot, staged)]
+            publish = [key for key in self._news(snapshot) if await self._have(key, staged)]
             trials = await self._trials(snapshot, staged)
             router = await self._router(snapshot.router)
             lost = {name for name in self._current if self._lost(name, snapshot)}
@@ -156,7 +156,7 @@ class Loading:
         failure = self._failures.get(f"{name}@{generation.number}")
         return failure is not None and not failure.passing
 
-    async def _have(self, key: ExpertKey, snapshot: Snapshot, staged: list[ExpertKey]) -> bool:
+    async def _have(self, key: ExpertKey, staged: list[ExpertKey]) -> bool:
         """Whether a generation is in memory, or can be loaded when it is wanted; reads it if need be."""
         if self._lazy:
             return True
@@ -170,8 +170,7 @@ class Loading:
             return True
         began = time.monotonic()
         try:
-            generation = _generation(snapshot, key)
-            weights = await self._calls(lambda: self.family.reader.expert(generation))
+            weights = await self._calls(lambda: self.family.load(key.name, key.generation))
             await self._live.stage(weights)
         except (ExpertsError, ExpertRejectedError, OSError) as error:
             self._fail(str(key), error)
@@ -185,7 +184,7 @@ class Loading:
         found = []
         for trial in snapshot.trials:
             key = ExpertKey(trial.name, trial.generation)
-            had = trial.kind == "shadow" or await self._have(key, snapshot, staged)
+            had = trial.kind == "shadow" or await self._have(key, staged)
             if not had or trial.name not in snapshot.experts:
                 continue
             router = None
@@ -225,13 +224,6 @@ class Loading:
         }
         for what in set(self._failures) - wanted:
             del self._failures[what]
-
-
-def _generation(snapshot: Snapshot, key: ExpertKey) -> Generation:
-    for generation in (*snapshot.experts.values(), *snapshot.trial_generations):
-        if (generation.name, generation.number) == (key.name, key.generation):
-            return generation
-    raise CatalogueError(f"the snapshot names {key} and does not describe it")
 
 
 def _passing(error: Exception) -> bool:

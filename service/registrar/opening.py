@@ -13,7 +13,7 @@ from typing import Any
 from experts.bundle import Bundle
 from experts.errors import BundleError, CatalogueError
 from experts.registry.adopting import adopt, materialise, remove_superseded
-from experts.registry.blobs import Blobs
+from experts.registry.blobs import Blobs, writable
 from experts.registry.catalogue import Catalogue
 from experts.registry.records import Snapshot
 from experts.registry.work import StoreAt
@@ -111,12 +111,12 @@ def open_registry(settings: Settings) -> Registry:
     """
     own = Bundle.open(settings.bundle, lazy=True)
     state = state_folder(settings)
-    writable = _writable(state)
+    can_write = writable(state)
     local = settings.catalogue is None
-    if local and not writable and not (state / _CATALOGUE).is_file():
+    if local and not can_write and not (state / _CATALOGUE).is_file():
         _log.warning("%s cannot be written: experts are served as they are, and none can be changed", state)
         return _open_temporary(own)
-    catalogue = Catalogue.open(catalogue_url(settings), read_only=local and not writable)
+    catalogue = Catalogue.open(catalogue_url(settings), read_only=local and not can_write)
     with contextlib.ExitStack() as undo:
         undo.callback(catalogue.close)
         store = _store(settings)
@@ -125,7 +125,7 @@ def open_registry(settings: Settings) -> Registry:
         family = _family(catalogue, blobs, own, state)
         remove_superseded(state / _BUNDLES, family.build_id)
         undo.pop_all()
-    changes = catalogue.writable and (writable or settings.blobs is not None)
+    changes = catalogue.writable and (can_write or settings.blobs is not None)
     if not changes:
         _log.warning(
             "the registry cannot be written: experts are served as they are, and none can be changed"
@@ -170,15 +170,6 @@ def _bundle_of(snapshot: Snapshot, own: Bundle, blobs: Blobs, state: Path) -> Bu
             "POST /admin/bundles"
         )
     return materialise(wanted, blobs, state / _BUNDLES)
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 def _blob_options(settings: Settings) -> Mapping[str, Any]:

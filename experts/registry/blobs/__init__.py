@@ -4,6 +4,7 @@ Start reading at `blobs.py`. May import errors and the manifest's file entries; 
 """
 
 from experts.registry.blobs.blobs import Blobs
+from experts.registry.blobs.files import writable
 from experts.registry.blobs.store import Stored
 
-__all__ = ["Blobs", "Stored"]
+__all__ = ["Blobs", "Stored", "writable"]

@@ -15,12 +15,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from experts.bundle_files import sync
+from experts.bundle_files import NO_ROOM, sync
 from experts.bundle_manifest import FileEntry
 from experts.errors import BlobError, CorruptBlobError, MissingBlobError, StorageFullError
 
 _CHUNK = 2**20
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FORBIDDEN = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _REMEMBERED = 65_536
 
@@ -49,7 +48,7 @@ def refusals(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in NO_ROOM:
             raise StorageFullError(
                 f"{what}: there is no room ({error.strerror}); make some, for instance with "
                 "`twinserve registry gc`, and try again"

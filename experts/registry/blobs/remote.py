@@ -13,10 +13,11 @@ from typing import Any
 
 import fsspec
 
+from experts.bundle_files import NO_ROOM
 from experts.bundle_manifest import FileEntry
 from experts.errors import BlobError, CorruptBlobError, MissingBlobError, StorageFullError
 from experts.registry.blobs.cache import Cache
-from experts.registry.blobs.files import FULL, Hashed, Verified, lock, refusals
+from experts.registry.blobs.files import Hashed, Verified, lock, refusals
 from experts.registry.blobs.store import DIGEST, Stored, relative_path
 
 _BLOCK = 8 * 2**20
@@ -202,7 +203,7 @@ class ObjectStore:
         except FileNotFoundError as error:
             raise absent(f"{self.url}: {what}: it is not there ({error})") from error
         except Exception as error:  # whatever the client of this store has
-            if isinstance(error, OSError) and error.errno in FULL:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise StorageFullError(f"{what}: the local disk is full ({error}); make room") from error
             if _STORE_FULL.search(f"{type(error).__name__} {error}") or _STORE_FULL.search(
                 str(error.__cause__)

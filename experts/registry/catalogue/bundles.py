@@ -7,19 +7,18 @@ from typing import Any, Literal
 
 from sqlalchemy import Row, insert, select, update
 
-from experts.errors import DuplicateExpertError, GenerationConflictError, JobLostError, TransitionError
+from experts.errors import DuplicateExpertError, GenerationConflictError, TransitionError
 from experts.registry.catalogue import tables
-from experts.registry.catalogue.change import Change, Connected
-from experts.registry.catalogue.ending import check_fence, end_job, end_jobs_of
+from experts.registry.catalogue.change import Change
+from experts.registry.catalogue.ending import Concluding, end_job, end_jobs_of
 from experts.registry.catalogue.experts import check_free, go_live
 from experts.registry.catalogue.publishing import add_router, insert_router
 from experts.registry.catalogue.queueing import allocate
-from experts.registry.catalogue.reading import job_row
-from experts.registry.catalogue.rows import files_row, generation_row, job_of, now
+from experts.registry.catalogue.rows import files_row, generation_row, now
 from experts.registry.records import Actor, BundleRecord, Generation, Job, RouterGeneration
 
 
-class Bundles(Connected):
+class Bundles(Concluding):
     """Changes of the bundle. All raise CatalogueError where the database cannot be written."""
 
     def adopt(
@@ -90,18 +89,13 @@ class Bundles(Connected):
             DuplicateExpertError: an expert's name is an alias.
             TransitionError: an expert that serves is not in the bundle, or the bundle was served before.
         """
-        with self._change() as change:
-            row = job_row(change.connection, job_id)
-            if row.state == "succeeded" and row.attempt == attempt:
-                return job_of(row)
-            check_fence(row, attempt)
-            if not row.cancelling:
-                return job_of(
-                    _switch(change, row, bundle, experts, router, result or {}, made_from or {}, absent)
-                )
-            end_job(change, row, "cancelled")
-        # Raised once that is committed.
-        raise JobLostError(f"the job {job_id} was cancelled")
+        return self._conclude(
+            job_id,
+            attempt,
+            lambda change, row: _switch(
+                change, row, bundle, experts, router, result or {}, made_from or {}, absent
+            ),
+        )
 
 
 def _switch(

@@ -1,16 +1,16 @@
 """How jobs end, or go back to the queue."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Row, or_, select, update
 
 from experts.errors import JobLostError
 from experts.registry.catalogue import tables
-from experts.registry.catalogue.change import Change
+from experts.registry.catalogue.change import Change, Connected
 from experts.registry.catalogue.reading import job_row
-from experts.registry.catalogue.rows import failure_row, now
-from experts.registry.records import Actor, JobFailure
+from experts.registry.catalogue.rows import failure_row, job_of, now
+from experts.registry.records import Actor, Job, JobFailure
 
 OPEN = ("queued", "running")
 
@@ -25,6 +25,28 @@ def check_fence(row: Row[Any], attempt: int) -> None:
         raise JobLostError(
             f"attempt {attempt} of the job {row.id} counts for nothing: it is {row.state} at attempt {row.attempt}"
         )
+
+
+class Concluding(Connected):
+    """How the one change is made that a job was for."""
+
+    def _conclude(self, job_id: str, attempt: int, make: Callable[[Change, Row[Any]], Row[Any]]) -> Job:
+        """Make a job's change, which ends it, if this attempt still runs it. Done again, nothing happens.
+
+        Raises:
+            RecordNotFoundError: there is no such job.
+            JobLostError: this attempt does not run any more, or was told to stop, which it has by this.
+        """
+        with self._change() as change:
+            row = job_row(change.connection, job_id)
+            if row.state == "succeeded" and row.attempt == attempt:
+                return job_of(row)
+            check_fence(row, attempt)
+            if not row.cancelling:
+                return job_of(make(change, row))
+            end_job(change, row, "cancelled")
+        # Raised once that is committed.
+        raise JobLostError(f"the job {job_id} was cancelled")
 
 
 def end_job(

@@ -6,18 +6,17 @@ from typing import Any
 
 from sqlalchemy import Row, func, insert, select, update
 
-from experts.errors import JobLostError, StaleRouterError, TransitionError
+from experts.errors import StaleRouterError, TransitionError
 from experts.registry.catalogue import tables
-from experts.registry.catalogue.change import Change, Connected
-from experts.registry.catalogue.ending import check_fence, end_job
+from experts.registry.catalogue.change import Change
+from experts.registry.catalogue.ending import Concluding, end_job
 from experts.registry.catalogue.experts import check_free, check_trial, go_live, set_trial
 from experts.registry.catalogue.queueing import check_target
-from experts.registry.catalogue.reading import job_row
-from experts.registry.catalogue.rows import files_row, generation_row, job_of, now
+from experts.registry.catalogue.rows import files_row, generation_row, now
 from experts.registry.records import Actor, Generation, Job, RouterGeneration, Trial
 
 
-class Publishing(Connected):
+class Publishing(Concluding):
     """The one way by which something new goes live."""
 
     def publish(
@@ -52,18 +51,13 @@ class Publishing(Connected):
                 the registration was to replace.
             TransitionError: another bundle is served than it was made for.
         """
-        with self._change() as change:
-            row = job_row(change.connection, job_id)
-            if row.state == "succeeded" and row.attempt == attempt:
-                return job_of(row)
-            check_fence(row, attempt)
-            if not row.cancelling:
-                return job_of(
-                    _publish(change, row, generation, router, fitted_on, activate, trial, result or {})
-                )
-            end_job(change, row, "cancelled")
-        # Raised once that is committed.
-        raise JobLostError(f"the job {job_id} was cancelled")
+        return self._conclude(
+            job_id,
+            attempt,
+            lambda change, row: _publish(
+                change, row, generation, router, fitted_on, activate, trial, result or {}
+            ),
+        )
 
 
 def _publish(

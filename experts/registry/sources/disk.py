@@ -1,16 +1,13 @@
-"""What uploads and downloads ask of the disk: locks between processes, syncing, errors by their meaning."""
+"""What uploads and downloads ask of the disk: locks between processes, errors by their meaning."""
 
 import contextlib
-import errno
 import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from experts.bundle_files import NO_ROOM
 from experts.errors import BlobError, StorageFullError
-
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextlib.contextmanager
@@ -24,7 +21,7 @@ def disk(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise StorageFullError(f"there is no room left below {where.name}; make some") from error
         raise BlobError(f"{where} cannot be written: {error.strerror or error}") from error
 
@@ -44,12 +41,3 @@ def try_lock(file: BinaryIO) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from experts.bundle_files import digest
+from experts.bundle_files import digest, sync
 from experts.bundle_manifest import FileEntry
 from experts.errors import (
     OffsetError,
@@ -26,7 +26,7 @@ from experts.errors import (
     TransitionError,
 )
 from experts.registry.records import Files, new_id
-from experts.registry.sources.disk import disk, locked, sync_folder, try_lock
+from experts.registry.sources.disk import disk, locked, try_lock
 from experts.registry.sources.names import check_file_name
 from experts.registry.sources.upload import Upload, UploadLimits, UploadState
 from experts.registry.sources.writer import FileWriter
@@ -91,7 +91,7 @@ class UploadStore:
             upload_id = new_id("upload")
             (self._root / upload_id / _FILES).mkdir(mode=0o700, parents=True)
             self._write_state(upload_id, UploadState())
-            sync_folder(self._root)
+            sync(self._root)
             return self.describe(upload_id)
 
     def all(self) -> tuple[Upload, ...]:
@@ -331,7 +331,7 @@ class UploadStore:
             file.flush()
             os.fsync(file.fileno())
         scratch.rename(folder / _STATE)
-        sync_folder(folder)
+        sync(folder)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

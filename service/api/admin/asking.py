@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,7 +11,7 @@ from experts.registry.records import Actor
 from service.api.backend import Backend
 from service.api.refusals import Responses, refusals
 from service.errors import InvalidRequestError, RegistryUnavailableError, TwinserveError
-from service.registrar import Registrar
+from service.registrar import ChangeAsked, Registrar
 from service.settings import Settings
 
 _ETAG = re.compile(r'(?:W/)?"([1-9][0-9]{0,8})"|([1-9][0-9]{0,8})')
@@ -46,9 +46,9 @@ class Expected:
     precondition: bool = False
     existing: bool = False
 
-    def of(self, request: Request) -> dict[str, Any]:
-        """Arguments of a change of the registrar, made by the caller of `request`."""
-        return {"actor": actor_of(request), "expected": self.generation, "precondition": self.precondition}
+    def of(self, request: Request) -> ChangeAsked:
+        """A change of the registrar, asked for by the caller of `request`."""
+        return ChangeAsked(actor_of(request), self.generation, self.precondition)
 
 
 def expected(if_match: str | None, in_body: int | None = None) -> Expected:

@@ -181,7 +181,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     )
     async def retire(request: Request, name: str, if_match: IfMatch = None) -> Response:
         """Serve an expert no more; running requests keep it until they end."""
-        view = await registrar.retire(name, **expected(if_match).of(request))
+        view = await registrar.retire(name, asked=expected(if_match).of(request))
         return json_answer(ExpertAnswer(**expert_fields(view)))
 
 

@@ -72,14 +72,14 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     ) -> Response:
         """Serve an older generation again, at once; without a number the newest ready one before the current."""
         body = body or RollbackBody()
-        change = expected(if_match, body.expected_generation).of(request)
-        return await changed(registrar.rollback(name, body.generation, **change))
+        asked = expected(if_match, body.expected_generation).of(request)
+        return await changed(registrar.rollback(name, body.generation, asked=asked))
 
     @router.post("/admin/experts/{name}/activate", response_model=ExpertAnswer, responses=CHANGED)
     async def activate(request: Request, name: str, body: ActivateBody, if_match: IfMatch = None) -> Response:
         """Serve a ready generation, at once."""
-        change = expected(if_match, body.expected_generation).of(request)
-        return await changed(registrar.activate(name, body.generation, **change))
+        asked = expected(if_match, body.expected_generation).of(request)
+        return await changed(registrar.activate(name, body.generation, asked=asked))
 
     @router.post("/admin/experts/{name}/pin", response_model=ExpertAnswer, responses=CHANGED)
     async def pin(
@@ -87,8 +87,8 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     ) -> Response:
         """Keep a generation: registrations make new ones ready and leave this one in place."""
         body = body or PinBody()
-        change = expected(if_match, body.expected_generation).of(request)
-        return await changed(registrar.pin(name, body.generation, **change))
+        asked = expected(if_match, body.expected_generation).of(request)
+        return await changed(registrar.pin(name, body.generation, asked=asked))
 
     @router.delete("/admin/experts/{name}/pin", response_model=ExpertAnswer, responses=CHANGED)
     async def unpin(request: Request, name: str) -> Response:
@@ -98,9 +98,9 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     @router.post("/admin/experts/{name}/disable", response_model=ExpertAnswer, responses=CHANGED)
     async def disable(request: Request, name: str, if_match: IfMatch = None) -> Response:
         """Take an expert out of service and keep its name and generations."""
-        return await changed(registrar.disable(name, **expected(if_match).of(request)))
+        return await changed(registrar.disable(name, asked=expected(if_match).of(request)))
 
     @router.post("/admin/experts/{name}/enable", response_model=ExpertAnswer, responses=CHANGED)
     async def enable(request: Request, name: str, if_match: IfMatch = None) -> Response:
         """Serve a disabled expert again, at once."""
-        return await changed(registrar.enable(name, **expected(if_match).of(request)))
+        return await changed(registrar.enable(name, asked=expected(if_match).of(request)))

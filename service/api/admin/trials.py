@@ -15,8 +15,8 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     @router.put("/admin/experts/{name}/trial", response_model=ExpertAnswer, responses=CHANGED)
     async def try_out(request: Request, name: str, body: TrialBody, if_match: IfMatch = None) -> Response:
         """Try a ready generation out, as a canary or in the shadow; replaces the expert's trial."""
-        change = expected(if_match, body.expected_generation).of(request)
-        return await changed(registrar.try_out(name, body.generation, body.kind, body.percent, **change))
+        asked = expected(if_match, body.expected_generation).of(request)
+        return await changed(registrar.try_out(name, body.generation, body.kind, body.percent, asked=asked))
 
     @router.delete("/admin/experts/{name}/trial", response_model=ExpertAnswer, responses=CHANGED)
     async def end(request: Request, name: str) -> Response:

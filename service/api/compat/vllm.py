@@ -44,7 +44,7 @@ from service.errors import (
     TwinserveError,
     WrongStateError,
 )
-from service.registrar import Registration, job_error
+from service.registrar import ChangeAsked, Registration, job_error
 
 _NAMES = {"name": "lora_name", "path": "lora_path"}
 
@@ -103,7 +103,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     async def unload_lora_adapter(request: Request, body: UnloadBody) -> Response:
         """Retire an expert; running requests keep it until they end. Needs the admin key."""
         try:
-            await registrar.retire(body.lora_name, actor=actor_of(request))
+            await registrar.retire(body.lora_name, asked=ChangeAsked(actor_of(request)))
         except ExpertNotFoundError as error:
             raise ExpertNotFoundError(
                 f"The lora adapter {body.lora_name[:64]!r} cannot be found.", param="lora_name"

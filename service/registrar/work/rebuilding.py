@@ -8,7 +8,7 @@ from experts.bundle import Bundle
 from experts.errors import SignatureError
 from experts.registry.rebuild import rebuilt_records
 from experts.registry.records import BundleRecord, Generation, RouterGeneration
-from experts.registry.work import BUNDLE, Built, BundleTask, Stored, StoreTask
+from experts.registry.work import BUNDLE, Built, BundleTask
 from service.registrar.sources import Sources
 from service.registrar.work.routing import current
 from service.registrar.work.run import Run
@@ -46,9 +46,7 @@ async def rebuild(run: Run, sources: Sources) -> None:
     built = await run.worker.ask(task, Built, run.gauge.follow)
     path = folder or run.folder / BUNDLE
     record, experts, router = await run.ask(lambda: _records(path, before if folder is None else ()))
-    entries = {path / name: entry for name, entry in record.files.items()}
-    await run.ask(lambda: run.catalogue.pin_blobs(job.id, [entry.sha256 for entry in entries.values()]))
-    await run.worker.ask(StoreTask(entries), Stored, run.gauge.follow)
+    await run.store({path / name: entry for name, entry in record.files.items()})
     run.live.check_room()
     run.gauge.at("publish")
     result = {"build_id": built.build_id, "experts": [it.name for it in experts]}

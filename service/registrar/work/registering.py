@@ -17,8 +17,6 @@ from experts.registry.work import (
     Prepared,
     RegisterTask,
     RemoteSource,
-    Stored,
-    StoreTask,
     digest_of,
 )
 from service.core import ExpertKey
@@ -73,7 +71,7 @@ class Registering:
         run.report = dict(prepared.report)
         generation = self._generation(snapshot, prepared, extra)
         taught = await self._taught(local, extra)
-        await self._store(self._files(prepared, local, extra) | dict(taught.files))
+        await run.store(self._files(prepared, local, extra) | dict(taught.files))
         report = await self._try_out(generation)
         generation = replace(generation, report={**generation.report, **report})
         while True:
@@ -83,7 +81,7 @@ class Registering:
             except StaleRouterError:
                 # Another router went live meanwhile: only that part is done again.
                 taught = await self._taught(local, extra)
-                await self._store(taught.files)
+                await run.store(taught.files)
 
     async def _source(self) -> Path | RemoteSource:
         run, sources = self._run, self._sources
@@ -159,15 +157,6 @@ class Registering:
             **{folder / name: entry for name, entry in extra.items()},
             **{source / name: entry for name, entry in prepared.origin.items()},
         }
-
-    async def _store(self, files: Mapping[Path, FileEntry]) -> None:
-        """Into the blob store, pinned first: nobody else knows yet that they are needed."""
-        run = self._run
-        if not files:
-            return
-        digests = [entry.sha256 for entry in files.values()]
-        await run.ask(lambda: run.catalogue.pin_blobs(run.job.id, digests))
-        await run.worker.ask(StoreTask(dict(files)), Stored, run.gauge.follow)
 
     async def _try_out(self, generation: Generation) -> dict[str, Any]:
         """Have the engine take it, and ask it what it must know."""

@@ -2,7 +2,6 @@
 
 from experts.errors import StaleRouterError
 from experts.registry.records import Generation
-from experts.registry.work import Stored, StoreTask
 from service.registrar.work.routing import current, teach
 from service.registrar.work.run import Run
 
@@ -37,9 +36,7 @@ async def _fit(run: Run, served: Generation) -> None:
         expert=served.files,
         profile=served.profile,
     )
-    digests = [entry.sha256 for entry in taught.files.values()]
-    await run.ask(lambda: run.catalogue.pin_blobs(job.id, digests))
-    await run.worker.ask(StoreTask(dict(taught.files)), Stored, run.gauge.follow)
+    await run.store(taught.files)
     run.gauge.at("publish")
     result = {"name": served.name, "generation": served.number, "router": taught.routed.by}
     await run.publish(

@@ -1,7 +1,7 @@
 """One attempt of one job: what its steps share."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -10,6 +10,7 @@ from experts.errors import StaleRouterError
 from experts.registry.catalogue import Catalogue
 from experts.registry.reading import GenerationReader
 from experts.registry.records import Job
+from experts.registry.work import FileEntry, Stored, StoreTask
 from service.core import ExpertKey
 from service.errors import TwinserveError
 from service.registrar.work.gauge import Gauge
@@ -82,6 +83,19 @@ class Run:
         """
         self._staged.append(ExpertKey(weights.name, weights.generation))
         await self.live.stage(weights)
+
+    async def store(self, files: Mapping[Path, FileEntry]) -> None:
+        """Into the blob store, pinned first: nobody else knows yet that they are needed.
+
+        Raises:
+            BlobError: the store refuses.
+            WorkerDiedError: the process ended.
+        """
+        if not files:
+            return
+        digests = [entry.sha256 for entry in files.values()]
+        await self.ask(lambda: self.catalogue.pin_blobs(self.job.id, digests))
+        await self.worker.ask(StoreTask(dict(files)), Stored, self.gauge.follow)
 
     async def publish(self, call: Callable[[], T]) -> T:
         """The one step that cannot be taken back: from here on the attempt is not stopped.
