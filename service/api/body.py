@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from service.api.errors import ClientGoneError
@@ -122,6 +123,11 @@ def _note(body: bytes, parsed: Any, log_bodies: bool) -> None:
         _log.info("request body", extra={"fields": {"body": body[:_BODY_LOGGED].decode(errors="replace")}})
 
 
+def content_type(headers: Headers) -> str:
+    """Without its parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def _has_no_body(request: Request) -> bool:
     """Nothing was sent, and nothing was said of it (RFC 9112, section 6)."""
     headers = request.headers
@@ -145,7 +151,7 @@ def json_route(max_depth: int, *, log_bodies: bool = False) -> type[APIRoute]:
             async def parse_then_handle(request: Request) -> Response:
                 if not required and _has_no_body(request):
                     return await handle(request)
-                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                kind = content_type(request.headers)
                 if kind != "application/json":
                     raise HTTPException(
                         415, f"Send the body as Content-Type: application/json, not {kind or 'without one'}."

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 from experts.registry.sources import FileWriter
+from service.api.body import content_type
 from service.api.errors import ClientGoneError
 from service.errors import InvalidRequestError, LimitExceededError, TwinserveError
 
@@ -44,11 +45,6 @@ def is_streamed(scope: Scope) -> bool:
         and scope["path"] == "/admin/uploads"
         and content_type(Headers(scope=scope)) == MULTIPART
     )
-
-
-def content_type(headers: Headers) -> str:
-    """Without its parameters."""
-    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def blocks(request: Request) -> AsyncIterator[bytes]:

@@ -9,9 +9,9 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 
 from experts.registry.sources import Upload
 from service.api.admin.asking import AdminParts, admin_refusals
-from service.api.admin.streamed import MULTIPART, content_type, read_all, write_parts, write_raw
+from service.api.admin.streamed import MULTIPART, read_all, write_parts, write_raw
 from service.api.admin.telling import json_answer
-from service.api.body import parse_json
+from service.api.body import content_type, parse_json
 from service.api.wire.registry import DeletedAnswer
 from service.api.wire.uploads import UploadAnswer, UploadedFile, UploadList
 from service.errors import (
