@@ -20,7 +20,9 @@ from benchmarks.registry.processes import Server
 Kind = Literal["lora", "full"]
 
 _STREAMS = 8
-_TOKENS = 240
+_TOKENS: dict[Kind, int] = {"lora": 240, "full": 480}
+"""Of every stream: a whole registration fits into its time."""
+
 _FOLDERS = 4
 
 
@@ -50,11 +52,11 @@ def run(bundle: Path, rounds: int) -> dict[Kind, Noticed]:
         make_full(root / "full-0", bundle / "shared", 0)
         settings = {"bundle": bundle.absolute(), "state_dir": folder / "state", "experts_root": root}
         with Server(settings, folder) as server:
-            asyncio.run(_streams(server))  # warm
+            asyncio.run(_streams(server, "lora"))  # warm
             for kind, noticed in found.items():
                 for number in range(rounds):
                     for busy in (False, True) if number % 2 else (True, False):
-                        gaps = _gaps(server, kind, noticed) if busy else asyncio.run(_streams(server))
+                        gaps = _gaps(server, kind, noticed) if busy else asyncio.run(_streams(server, kind))
                         (noticed.during if busy else noticed.without).append(percentile(gaps, 0.99))
     return found
 
@@ -67,7 +69,7 @@ def _gaps(server: Server, kind: Kind, noticed: Noticed) -> list[float]:
         try:
             if not begun.wait(60):
                 raise RuntimeError("no registration begins")
-            gaps = asyncio.run(_streams(server))
+            gaps = asyncio.run(_streams(server, kind))
         finally:
             stop.set()
         operator.result()
@@ -98,7 +100,7 @@ def _register_on(
             raise RuntimeError(f"the registration ended otherwise: {told}")
 
 
-async def _streams(server: Server) -> list[float]:
+async def _streams(server: Server, kind: Kind) -> list[float]:
     """Gaps between the tokens of all streams, from when the last of them has begun until the first one ends."""
     bundle = server.ask("GET", "/admin/bundles")["data"][0]["name"]
     names = [
@@ -106,20 +108,22 @@ async def _streams(server: Server) -> list[float]:
     ]
     async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
         arrivals = await asyncio.gather(
-            *(_stream(client, bundle, names, number) for number in range(_STREAMS))
+            *(_stream(client, bundle, names, number, _TOKENS[kind]) for number in range(_STREAMS))
         )
     begin = max(times[0] for times in arrivals)
     end = min(times[-1] for times in arrivals)
     return [b - a for times in arrivals for a, b in pairwise(times) if begin <= a and b <= end]
 
 
-async def _stream(client: httpx.AsyncClient, bundle: str, names: list[str], number: int) -> list[float]:
+async def _stream(
+    client: httpx.AsyncClient, bundle: str, names: list[str], number: int, tokens: int
+) -> list[float]:
     pair = (names[number % len(names)], names[(number + 1) % len(names)])
     body: dict[str, Any] = {
         "model": bundle,
         "gates": dict(zip(pair, (0.7, 0.3), strict=True)),
         "prompt": f"{number} {time.monotonic()}: a long story about a river, a candle and a mountain.",
-        "max_tokens": _TOKENS,
+        "max_tokens": tokens,
         "ignore_eos": True,
         "temperature": 0,
         "stream": True,
@@ -134,6 +138,6 @@ async def _stream(client: httpx.AsyncClient, bundle: str, names: list[str], numb
                 choices = json.loads(line.removeprefix("data: ")).get("choices") or []
                 if choices and choices[0].get("token_ids"):
                     arrivals.append(time.perf_counter())
-    if len(arrivals) < _TOKENS // 2:
-        raise RuntimeError(f"a stream of {_TOKENS} tokens came in {len(arrivals)} pieces")
+    if len(arrivals) < tokens // 2:
+        raise RuntimeError(f"a stream of {tokens} tokens came in {len(arrivals)} pieces")
     return arrivals
