@@ -15,6 +15,7 @@
     │   └── GenerationConflictError another generation than the expected one is current
     └── RegistryError          the registry cannot do what was asked
         ├── CatalogueError         its database cannot be reached, read or written, or is of another version
+        │   └── CatalogueFullError     its disk has no room
         ├── RecordNotFoundError    no generation, job, alias or upload of that id
         ├── TransitionError        the record's state does not allow it: a failed generation cannot go live
         │   ├── RegistryFullError      as many jobs wait as may
@@ -93,6 +94,10 @@ class RegistryError(ExpertsError):
 
 class CatalogueError(RegistryError):
     """The catalogue's database cannot be reached, read or written, or its schema is of another version."""
+
+
+class CatalogueFullError(CatalogueError):
+    """The disk of the catalogue's database has no room; nothing was written."""
 
 
 class RecordNotFoundError(RegistryError):

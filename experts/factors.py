@@ -5,6 +5,7 @@ that uses it: (out, in) for a linear layer, (in, out) for GPT-2's Conv1D, (vocab
 embedding. The gating layers know the orientation; nobody else has to.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,10 +90,29 @@ def dense(delta: Delta) -> Tensor:
     return delta.dense() if isinstance(delta, LowRank) else delta
 
 
+def negative(delta: Delta) -> Delta:
+    """The difference the other way round."""
+    return delta.scaled(-1.0) if isinstance(delta, LowRank) else -delta
+
+
+def summed(deltas: Sequence[Delta]) -> Delta:
+    """The sum of at least one difference of one tensor.
+
+    A product where all are products, and while its rank is below the matrix' own: a wider one says no more than the
+    matrix does and takes more room, which sums of sums would multiply.
+    """
+    products = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if len(products) == len(deltas) and sum(it.rank for it in products) < min(products[0].shape):
+        up = torch.cat([it.up for it in products], dim=1)
+        return LowRank(up, torch.cat([it.down for it in products], dim=0))
+    total = dense(deltas[0]).clone()
+    for delta in deltas[1:]:
+        total += dense(delta)
+    return total
+
+
 def added(one: Delta | None, other: Delta | None) -> Delta | None:
-    """The sum of two differences of one tensor, None being none; low-rank where both are."""
+    """The sum of two differences of one tensor, None being none."""
     if one is None or other is None:
         return other if one is None else one
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        return LowRank(torch.cat([one.up, other.up], dim=1), torch.cat([one.down, other.down], dim=0))
-    return dense(one) + dense(other)
+    return summed((one, other))

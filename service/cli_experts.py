@@ -6,6 +6,7 @@ from urllib.parse import quote
 
 import typer
 
+from service import cli_experts_bundles as bundles
 from service import cli_experts_jobs as jobs
 from service.remote import Server, tables
 from service.remote.console import DEFAULT_URL, AsJson, Expected, Key, Name, Url, connected, tell, usage
@@ -34,6 +35,8 @@ def build_app() -> typer.Typer:
     commands.command("jobs")(jobs.jobs)
     commands.command("export")(jobs.export)
     commands.command("rebuild")(jobs.rebuild)
+    commands.command("bundles")(bundles.bundles)
+    commands.command("return")(bundles.return_to)
     return commands
 
 

@@ -147,6 +147,21 @@ class Settings(BaseSettings):
         ge=1,
         description="newest generations of an expert that garbage collection leaves to roll back to",
     )
+    collect_seconds: float = Field(
+        default=3600.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="how often a server collects garbage and removes old rows by itself; 0 is never",
+    )
+    keep_jobs_days: int = Field(
+        default=30,
+        ge=0,
+        le=36500,
+        description="ended jobs, failed generations and those without files stay listed for that; 0 is for ever",
+    )
+    keep_audit_days: int = Field(
+        default=365, ge=0, le=36500, description="lines of the audit log stay for that; 0 is for ever"
+    )
     keep_sources: Literal["none", "lora", "all"] = Field(
         default="lora", description="fine-tunes that are kept as they came, for exports and rebuilt bundles"
     )

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.registry [kills] [isolation] [convergence] [times] [tokens]`: all unless some are named.
+"""`python -m benchmarks.registry [kills] [isolation] [convergence] [times] [tokens] [swap]`: all unless some named.
 
-Each section writes its figures into `results/registry.json` when it ends and leaves those of the others. `times` and
-`tokens` serve `--bundle`, the others a tiny family that is made on the spot. PostgreSQL must be installed.
+Each section writes its figures into `results/registry.json` when it ends and leaves those of the others. `times`,
+`tokens` and `swap` serve `--bundle`, the others a tiny family that is made on the spot. PostgreSQL must be installed.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.registry import convergence, isolation, kills, times, tokens
+from benchmarks.registry import convergence, isolation, kills, swap, times, tokens
 from benchmarks.registry.figures import (
     RESULTS,
     SECTIONS,
@@ -18,6 +18,7 @@ from benchmarks.registry.figures import (
     of_convergence,
     of_isolation,
     of_kills,
+    of_swap,
     of_times,
     of_tokens,
 )
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3, help="of isolation")
     parser.add_argument("--registrations", type=int, default=100, help="of convergence")
     parser.add_argument("--repeat", type=int, default=5, help="registrations of each kind of times")
-    parser.add_argument("--rounds", type=int, default=6, help="pairs of runs of tokens")
+    parser.add_argument("--rounds", type=int, default=6, help="pairs of runs of tokens and swap")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     chosen = arguments.sections or list(SECTIONS)
@@ -58,6 +59,7 @@ _SECTIONS: dict[str, Callable[[argparse.Namespace, str], list[Figure]]] = {
     "convergence": lambda given, command: of_convergence(convergence.run(given.registrations), command),
     "times": lambda given, command: of_times(times.run(given.bundle, given.repeat), command),
     "tokens": lambda given, command: of_tokens(tokens.run(given.bundle, given.rounds), command),
+    "swap": lambda given, command: of_swap(swap.run(given.bundle, given.rounds), command),
 }
 
 

@@ -7,13 +7,14 @@ from benchmarks.paired import percentile
 from benchmarks.registry.convergence import Converged
 from benchmarks.registry.isolation import Isolated
 from benchmarks.registry.kills import Killed
+from benchmarks.registry.swap import Swapped
 from benchmarks.registry.times import Taken
 from benchmarks.registry.tokens import Kind, Noticed
 from benchmarks.report import Figure
 
 RESULTS = Path("benchmarks/results/registry.json")
 TITLE = "Registry"
-SECTIONS = ("kills", "isolation", "convergence", "times", "tokens")
+SECTIONS = ("kills", "isolation", "convergence", "times", "tokens", "swap")
 
 _KILLS = 200
 _ZEROS = {
@@ -146,6 +147,31 @@ def of_tokens(found: dict[Kind, Noticed], command: str) -> list[Figure]:
             f"were begun, {noticed.registered} ended meanwhile",
         )
         for kind, noticed in found.items()
+    ]  # fmt: skip
+
+
+def of_swap(found: Swapped, command: str) -> list[Figure]:
+    """What a swap costs those that run."""
+    n = len(found.seconds)
+    ratios = [b / a for a, b in zip(found.without, found.during, strict=True)]
+    name = "another bundle takes over under 8 streams: "
+    return [
+        Figure(
+            name + "requests that failed or broke off", found.failed, "requests", "lower", found.asked, command, 0,
+            note=f"{n} swaps; every token of every stream came too; the rebuild before took {found.rebuilt:.0f} s",
+        ),
+        Figure(
+            name + "until new requests go there", statistics.median(found.seconds), "s", "lower", n, command,
+            note=f"{max(found.seconds):.1f} s at most",
+        ),
+        Figure(
+            name + "p99 inter-token / without", statistics.median(ratios), "x time", "lower", n, command,
+            note=f"{_ms(found.during)} and {_ms(found.without)} ms; ratios {min(ratios):.2f} to {max(ratios):.2f}",
+        ),
+        Figure(
+            name + "longest gap between two tokens", max(found.longest), "s", "lower", n, command,
+            note=f"{statistics.median(found.longest):.2f} s in the median of the swaps",
+        ),
     ]  # fmt: skip
 
 

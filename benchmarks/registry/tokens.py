@@ -1,29 +1,26 @@
 """What running streams notice of registrations: gaps between their tokens, with and without, in turn."""
 
 import asyncio
-import json
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
-
-import httpx
+from typing import Literal
 
 from benchmarks.paired import percentile
 from benchmarks.registry.large import make_full, make_lora
 from benchmarks.registry.processes import Server
+from benchmarks.registry.streams import gaps, stream_all
 
 Kind = Literal["lora", "full"]
 
-_STREAMS = 8
 _TOKENS: dict[Kind, int] = {"lora": 240, "full": 480}
 """Of every stream: a whole registration fits into its time."""
 
 _FOLDERS = 4
+_NAME = "replaced"
 
 
 @dataclass
@@ -52,16 +49,16 @@ def run(bundle: Path, rounds: int) -> dict[Kind, Noticed]:
         make_full(root / "full-0", bundle / "shared", 0)
         settings = {"bundle": bundle.absolute(), "state_dir": folder / "state", "experts_root": root}
         with Server(settings, folder) as server:
-            asyncio.run(_streams(server, "lora"))  # warm
+            _streamed(server, "lora")  # warm
             for kind, noticed in found.items():
                 for number in range(rounds):
                     for busy in (False, True) if number % 2 else (True, False):
-                        gaps = _gaps(server, kind, noticed) if busy else asyncio.run(_streams(server, kind))
-                        (noticed.during if busy else noticed.without).append(percentile(gaps, 0.99))
+                        between = _registering(server, kind, noticed) if busy else _streamed(server, kind)
+                        (noticed.during if busy else noticed.without).append(percentile(between, 0.99))
     return found
 
 
-def _gaps(server: Server, kind: Kind, noticed: Noticed) -> list[float]:
+def _registering(server: Server, kind: Kind, noticed: Noticed) -> list[float]:
     """Gaps of streams that run while one registration follows the other."""
     stop, begun = threading.Event(), threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -69,11 +66,11 @@ def _gaps(server: Server, kind: Kind, noticed: Noticed) -> list[float]:
         try:
             if not begun.wait(60):
                 raise RuntimeError("no registration begins")
-            gaps = asyncio.run(_streams(server, kind))
+            between = _streamed(server, kind)
         finally:
             stop.set()
         operator.result()
-    return gaps
+    return between
 
 
 def _register_on(
@@ -82,7 +79,7 @@ def _register_on(
     number = 0
     while not stop.is_set():
         path = f"lora-{number % _FOLDERS}" if kind == "lora" else "full-0"
-        job = server.ask("POST", "/admin/experts", {"name": "replaced", "path": path, "replace": True})
+        job = server.ask("POST", "/admin/experts", {"name": _NAME, "path": path, "replace": True})
         noticed.begun += 1
         number += 1
         told = job
@@ -100,44 +97,5 @@ def _register_on(
             raise RuntimeError(f"the registration ended otherwise: {told}")
 
 
-async def _streams(server: Server, kind: Kind) -> list[float]:
-    """Gaps between the tokens of all streams, from when the last of them has begun until the first one ends."""
-    bundle = server.ask("GET", "/admin/bundles")["data"][0]["name"]
-    names = [
-        each["name"] for each in server.ask("GET", "/admin/experts")["data"] if each["name"] != "replaced"
-    ]
-    async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
-        arrivals = await asyncio.gather(
-            *(_stream(client, bundle, names, number, _TOKENS[kind]) for number in range(_STREAMS))
-        )
-    begin = max(times[0] for times in arrivals)
-    end = min(times[-1] for times in arrivals)
-    return [b - a for times in arrivals for a, b in pairwise(times) if begin <= a and b <= end]
-
-
-async def _stream(
-    client: httpx.AsyncClient, bundle: str, names: list[str], number: int, tokens: int
-) -> list[float]:
-    pair = (names[number % len(names)], names[(number + 1) % len(names)])
-    body: dict[str, Any] = {
-        "model": bundle,
-        "gates": dict(zip(pair, (0.7, 0.3), strict=True)),
-        "prompt": f"{number} {time.monotonic()}: a long story about a river, a candle and a mountain.",
-        "max_tokens": tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-        "return_token_ids": True,
-    }
-    arrivals = []
-    async with client.stream("POST", "/v1/completions", json=body) as got:
-        if got.status_code != 200:
-            raise RuntimeError(f"{got.status_code}: {(await got.aread())[:500]!r}")
-        async for line in got.aiter_lines():
-            if line.startswith("data: {"):
-                choices = json.loads(line.removeprefix("data: ")).get("choices") or []
-                if choices and choices[0].get("token_ids"):
-                    arrivals.append(time.perf_counter())
-    if len(arrivals) < tokens // 2:
-        raise RuntimeError(f"a stream of {tokens} tokens came in {len(arrivals)} pieces")
-    return arrivals
+def _streamed(server: Server, kind: Kind) -> list[float]:
+    return gaps(asyncio.run(stream_all(server, _TOKENS[kind], besides=_NAME)))

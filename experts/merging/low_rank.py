@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
-
-from experts.factors import Delta, LowRank, dense
-from experts.merging.task_arithmetic import task_arithmetic
+from experts.factors import Delta, LowRank, summed
 
 
 def total(deltas: Sequence[Delta], weight: float) -> Delta:
@@ -16,10 +13,8 @@ def total(deltas: Sequence[Delta], weight: float) -> Delta:
         weight: factor of the sum.
 
     Returns:
-        The product [up_1 … up_T]·weight times the stacked downs where all are products, else dense.
+        The product [up_1 … up_T]·weight times the stacked downs where all are products and that is one of less
+        than full rank, else dense.
     """
-    low_rank = [delta for delta in deltas if isinstance(delta, LowRank)]
-    if len(low_rank) < len(deltas):
-        return task_arithmetic([dense(delta) for delta in deltas], weight)
-    up = torch.cat([delta.up for delta in low_rank], dim=1)
-    return LowRank(up * weight, torch.cat([delta.down for delta in low_rank], dim=0))
+    whole = summed(deltas)
+    return whole.scaled(weight) if isinstance(whole, LowRank) else whole.mul_(weight)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from experts.bundle_manifest import ExpertSummary
 from experts.checkpoint.storage import StoredTensor, read_header
@@ -61,6 +62,14 @@ def _is_finite(tensor: StoredTensor) -> bool:
                 return False
             left -= got
     return True
+
+
+def norm_told(report: Path) -> float | None:
+    """An expert's norm by its expert.json, which told it before summaries did; None if that is not readable."""
+    try:
+        return CompressionReport.model_validate_json(report.read_bytes()).norm
+    except (OSError, ValidationError):
+        return None
 
 
 def check_expert_candidate(

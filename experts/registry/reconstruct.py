@@ -16,7 +16,7 @@ from experts.checkpoint import Checkpoint, FineTune, open_fine_tune, write_check
 from experts.checkpoint.mark import read_mark
 from experts.compression import CompressionSpec
 from experts.errors import MismatchError
-from experts.factors import Delta, added
+from experts.factors import Delta, added, negative
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,9 @@ def base_of(
 
 def _back(bundle: Bundle, step: Callable[[int, str], None]) -> Iterator[tuple[str, Delta | None]]:
     for done, name in enumerate(bundle.shared.names, start=1):
-        yield name, _negative(bundle.base_delta.delta(name))
+        delta = bundle.base_delta.delta(name)
+        yield name, None if delta is None else negative(delta)
         step(done, name)
-
-
-def _negative(delta: Delta | None) -> Delta | None:
-    if delta is None:
-        return None
-    return -delta if isinstance(delta, Tensor) else delta.scaled(-1.0)
 
 
 def opened(member: Member, bundle: Bundle, base: Checkpoint) -> FineTune:

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from experts.bundle_manifest import ExpertSource, ExpertSummary, FileEntry
+from experts.bundle_manifest import EXPERT_FILES, ExpertSource, ExpertSummary, FileEntry
 from experts.compression import CompressionSpec
 
 Files = Mapping[str, FileEntry]
 """File name, or relative POSIX path, → digest and size."""
+
+EXPERT_REPORT = EXPERT_FILES[1]
+"""Of a generation's files the one that tells how it was compressed."""
 
 GenerationState = Literal["registering", "ready", "failed", "collected"]
 """collected: its files were given up by garbage collection; it can serve no more."""
@@ -137,6 +140,7 @@ class BundleRecord:
         files: of a bundle that the registry built: everything, so that any replica can have it. Empty for one
             that every replica has on its own disk.
         state: staged: built and not served yet; active: the one that is served; superseded; failed.
+        left: the revision at which another took its place, while what served then is still there; else None.
     """
 
     build_id: str
@@ -144,6 +148,7 @@ class BundleRecord:
     manifest: str
     files: Files = field(default_factory=dict)
     state: Literal["staged", "active", "superseded", "failed"] = "active"
+    left: int | None = None
     created: datetime | None = None
 
 
@@ -264,3 +269,27 @@ class AuditEntry:
 def new_id(kind: str) -> str:
     """A fresh id such as `job-3f…`, that nobody guesses."""
     return f"{kind}-{secrets.token_hex(12)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """Rows of the catalogue that were removed, of each kind."""
+
+    jobs: int = 0
+    audit: int = 0
+    generations: int = 0
+    routers: int = 0
+
+    @property
+    def rows(self) -> int:
+        """All together."""
+        return self.jobs + self.audit + self.generations + self.routers
+
+    def __add__(self, other: "Pruned") -> "Pruned":
+        """Of both."""
+        return Pruned(
+            self.jobs + other.jobs,
+            self.audit + other.audit,
+            self.generations + other.generations,
+            self.routers + other.routers,
+        )

@@ -37,6 +37,7 @@ class Changing:
         calls: threads for what blocks.
         sink: counts.
         wake: called when there may be something to do for whoever runs jobs.
+        problem: what keeps those from being run here; nothing while all is well.
         limit: jobs that run or wait.
         keep_generations: newest ones of an expert that garbage collection leaves.
         replica: this process's id.
@@ -58,6 +59,7 @@ class Changing:
         keep_generations: int,
         replica: str,
         writable: bool,
+        problem: Callable[[], str] = str,
     ) -> None:
         self.catalogue = catalogue
         self.blobs = blobs
@@ -71,6 +73,7 @@ class Changing:
         self._keep = keep_generations
         self._replica = replica
         self._writable = writable
+        self._problem = problem
 
     async def _submit(
         self,

@@ -52,7 +52,7 @@ class ExpertChanges(Changing):
         return await self._ask(self._find, name)
 
     async def generations(self, name: str) -> Sequence[Generation]:
-        """Every generation that ever was of a name, newest first, of a retired expert too.
+        """Every generation of a name that was not pruned, newest first, of a retired expert too.
 
         Raises:
             ExpertNotFoundError: the name never was an expert's.
@@ -89,7 +89,7 @@ class ExpertChanges(Changing):
             ConflictError, PreconditionFailedError: another generation is current than the expected one.
             WrongStateError: the generation is not ready, or of another bundle.
         """
-        return await self._switch("activate", name, number, asked)
+        return await self._switch("activate", name, number, asked, self.catalogue.activate)
 
     async def rollback(
         self,
@@ -111,7 +111,7 @@ class ExpertChanges(Changing):
                 number = expert.generation or asked.expected
             else:
                 number = self._before(expert, generations)
-        return await self._switch("rollback", name, number, asked)
+        return await self._switch("rollback", name, number, asked, self.catalogue.activate)
 
     async def pin(
         self,
@@ -126,14 +126,14 @@ class ExpertChanges(Changing):
             ExpertNotFoundError, RecordNotFoundError, WrongStateError, ConflictError, PreconditionFailedError: as
                 `activate`.
         """
-        expert, _ = await self.expert(name)
-        if number is not None and number != expert.generation:
-            await self._switch("pin", name, number, asked)
-            asked = replace(asked, expected=number)
-        chosen = number or expert.generation
-        if chosen is None:
+        current = (await self.expert(name))[0].generation
+        if number is not None and number != current:
+            return await self._switch("pin", name, number, asked, self.catalogue.pin)
+        if current is None:
             raise WrongStateError(f"The expert {name!r} has no ready generation to pin yet.")
-        await self._asked_for("pin", name, asked, partial(self.catalogue.pin, name, chosen))
+        # It is meant as long as it serves: pinned later, it would take the place of what went live in between.
+        asked = replace(asked, expected=asked.expected or current)
+        await self._asked_for("pin", name, asked, partial(self.catalogue.pin, name, current))
         return await self.get(name)
 
     async def unpin(self, name: str, *, actor: Actor) -> ExpertView:
@@ -175,7 +175,7 @@ class ExpertChanges(Changing):
                 "activate one."
             )
         generation = await self.generation(name, number)
-        router = await self._ask(self._router_with, generation)
+        router = await self._ask(self.catalogue.router_with, name, generation.number)
         trial = Trial(name, number, kind, percent, router)
         return await self._set_trial(name, trial, asked)
 
@@ -193,26 +193,34 @@ class ExpertChanges(Changing):
             precondition=asked.precondition,
         )
 
-    async def _switch(self, action: str, name: str, number: int, asked: ChangeAsked) -> ExpertView:
-        """Another generation, with a router that knows it; a job makes one where there is none."""
+    async def _switch(
+        self, action: str, name: str, number: int, asked: ChangeAsked, change: Callable[..., Expert]
+    ) -> ExpertView:
+        """Another generation, with a router that knows it; a job makes one where there is none.
+
+        Args:
+            change: `activate` or `pin` of the catalogue.
+        """
         generation = _numbered(await self.generations(name), name, number)
-        router = await self._asked_for(action, name, asked, partial(self._activate, generation))
+        router = await self._asked_for(action, name, asked, partial(self._serve, change, generation))
         if router is None and self._follower.routed:
             await self._reprofile(generation, asked.actor)
         return await self.get(name)
 
-    def _activate(self, generation: Generation, actor: Actor, expected: int | None) -> int | None:
+    def _serve(
+        self, change: Callable[..., Expert], generation: Generation, actor: Actor, expected: int | None
+    ) -> int | None:
         """Serve a generation; the number of the router that went live with it, None where none knows it.
 
         A registration of another expert that puts its router live in between is no reason to refuse.
         """
         name, number = generation.name, generation.number
         for _ in range(_ROUTER_TRIES):
-            router = self._router_with(generation)
+            router = self.catalogue.router_with(name, number)
             with contextlib.suppress(StaleRouterError):
-                self.catalogue.activate(name, number, actor, expected=expected, router=router)
+                change(name, number, actor, expected=expected, router=router)
                 return router
-        self.catalogue.activate(name, number, actor, expected=expected)
+        change(name, number, actor, expected=expected)
         return None
 
     async def _reprofile(self, generation: Generation, actor: Actor) -> None:
@@ -246,19 +254,6 @@ class ExpertChanges(Changing):
             for expert in self.catalogue.experts()
             if expert.generation is not None or _was_ready(self.catalogue.generations(expert.name))
         ]
-
-    def _router_with(self, generation: Generation) -> int | None:
-        """The router as it would be if only this expert's profile were this generation's; None keeps the current."""
-        snapshot = self.catalogue.snapshot()
-        current = snapshot.router if snapshot is not None else None
-        if current is None or generation.name not in current.profiles:
-            return None
-        wanted = {**current.profiles, generation.name: generation.number}
-        for router in self.catalogue.routers():
-            # One without files was given up by garbage collection.
-            if router.files and router.build_id == current.build_id and dict(router.profiles) == wanted:
-                return router.number
-        return None
 
     @staticmethod
     def _before(expert: Expert, generations: Sequence[Generation]) -> int:

@@ -21,6 +21,10 @@ class LiveExperts(Protocol):
         """Every generation in memory, or that can be loaded."""
         ...
 
+    def check_room(self) -> None:
+        """Raise StorageFullError where another bundle could not be served beside the current one."""
+        ...
+
     async def apply(self, change: LiveChange, /) -> None:
         """Make a change between two steps, all of it or nothing."""
         ...

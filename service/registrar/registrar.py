@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from experts.registry.catalogue import Absent
 from experts.registry.records import Actor, AuditEntry, BundleRecord, Replica, RouterGeneration
 from experts.registry.verify import Collected, collect_garbage
 from service.errors import RegistryUnavailableError
@@ -50,16 +51,40 @@ class Registrar(ExpertChanges, JobChanges):
         return await self._ask(lambda: self.catalogue.audit(limit=limit, before=before, target=target))
 
     async def bundles(self) -> Sequence[BundleRecord]:
-        """Every bundle that the catalogue knows, newest first."""
+        """Every bundle that the catalogue knows: the one that serves, then the one that was replaced last."""
         return await self._ask(self.catalogue.bundles)
 
+    async def return_to(self, build_id: str, actor: Actor, *, retire_absent: bool = False) -> BundleRecord:
+        """Serve a bundle again that another one replaced, with the generations of that moment.
+
+        Args:
+            build_id: the bundle's.
+            actor: who asks.
+            retire_absent: experts that came after it are retired; else they refuse it.
+
+        Raises:
+            RecordNotFoundError: there is no such bundle.
+            WrongStateError: it was given up, or an expert that serves came after it.
+            ConflictError: the name of an expert that comes back is an alias.
+            StorageFullError: memory does not hold two bundles.
+        """
+        if build_id != self._follower.family.build_id:
+            self._live.check_room()
+        absent: Absent = "retire" if retire_absent else "refuse"
+        return await self._change(
+            "return",
+            build_id,
+            actor,
+            lambda: self.catalogue.return_to(build_id, actor, absent=absent),
+        )
+
     async def routers(self) -> Sequence[RouterGeneration]:
-        """Every router generation, newest first."""
+        """Every router generation that was not pruned, newest first."""
         return await self._ask(self.catalogue.routers)
 
     async def state(self) -> RegistryState:
         """Revisions, replicas and what is broken; never fails for want of the catalogue."""
-        problem = self._follower.problem
+        problem = self._follower.problem or self._problem()
         replicas: list[Replica] = []
         try:
             replicas = list(await self._ask(self.catalogue.replicas))

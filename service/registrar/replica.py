@@ -19,7 +19,6 @@ _BEAT_SECONDS = 1.0
 _DEAD_SECONDS = 5.0
 """A beat that stands still for so long, on the watcher's own monotonic clock, is a dead replica's."""
 
-_NO_LIMIT = 1_000_000
 _RUNNING = 10
 """One job runs at a time."""
 
@@ -42,7 +41,7 @@ class Heartbeat:
             tell: TwinserveError, and this replica counts as dead.
         calls: threads.
         sink: counts.
-        attempts: how often a job is begun before it counts as failed.
+        attempts: how often a job may die before it counts as failed.
         clock: monotonic seconds.
     """
 
@@ -102,8 +101,8 @@ class Heartbeat:
         )
 
     async def leave(self) -> None:
-        """Say that this replica ends: its jobs go to others at once, however often they were begun before."""
-        await self._calls(lambda: self._catalogue.requeue(self._replica, _NO_LIMIT))
+        """Say that this replica ends: its jobs go to others at once, and that counts for none of their attempts."""
+        await self._calls(lambda: self._catalogue.requeue(self._replica, None))
         await self._calls(lambda: self._catalogue.drop_replica(self._replica))
 
     def _silent(self, known: set[str]) -> list[Replica]:

@@ -12,8 +12,10 @@ from experts.errors import ExpertsError
 from experts.registry.records import Replica, Snapshot
 from service.errors import TwinserveError
 from service.registrar.calls import Calls
+from service.registrar.caretaker import Caretaker
 from service.registrar.family import CatalogueFamily
 from service.registrar.follower import Follower
+from service.registrar.lasting import lasting
 from service.registrar.live import LiveRuntime
 from service.registrar.loading import Loading
 from service.registrar.opening import Registry
@@ -75,6 +77,7 @@ class RunningRegistry:
         # None of these may wait for another: a beat that is late is a death.
         self._beats = Calls(1)
         self._jobs = Calls(4)
+        self._cares = Calls(1)
         self._heartbeat = Heartbeat(
             registry.catalogue,
             self.replica,
@@ -97,6 +100,17 @@ class RunningRegistry:
             keep_generations=settings.keep_generations,
             replica=self.replica,
             writable=registry.writable,
+            problem=lambda: self._supervisor.problem,
+        )
+        self._caretaker = Caretaker(
+            registry.catalogue,
+            registry.blobs,
+            self._cares,
+            sink,
+            seconds=settings.collect_seconds,
+            keep_generations=settings.keep_generations,
+            keep_jobs_days=settings.keep_jobs_days,
+            keep_audit_days=settings.keep_audit_days,
         )
         self._supervisor = Supervisor(
             registry.catalogue,
@@ -116,9 +130,11 @@ class RunningRegistry:
         self._begin(self.follower.run(), "follower")
         if not self._registry.writable:
             return
-        self._begin(self._heartbeat.run(), "heartbeat")
+        self._begin(lasting(self._heartbeat.run, what="the registry's heartbeat"), "heartbeat")
         self._begin(self._supervisor.run(), "supervisor")
         self._begin(self._expire(), "uploads")
+        if self._settings.collect_seconds:
+            self._begin(lasting(self._caretaker.run, what="the registry's caretaker"), "caretaker")
 
     async def stop(self) -> None:
         """End the tasks; a job that runs here goes to another replica, or waits for the next start."""
@@ -134,7 +150,7 @@ class RunningRegistry:
 
     def close(self) -> None:
         """Close connections. Blocks; after `stop`."""
-        for calls in (self._beats, self._jobs, self._calls):
+        for calls in (self._beats, self._jobs, self._cares, self._calls):
             calls.close()
         self._registry.close()
 

@@ -47,7 +47,7 @@ class RegistryState:
         replicas: all that report themselves, this one too.
         broken: "name@generation" → why this replica cannot serve it; it is tried again.
         writable: changes are accepted; else `problem` says why not.
-        problem: what keeps the catalogue from being asked; empty while all is well.
+        problem: what keeps the catalogue from being asked, or jobs from running here; empty while all is well.
     """
 
     revision: int

@@ -59,6 +59,11 @@ def _by_kind(error: library.ExpertsError, message: str) -> TwinserveError:
             return errors.WrongStateError(message)
         case library.StorageFullError():
             return errors.StorageFullError(message)
+        case library.CatalogueFullError():
+            return errors.StorageFullError(
+                "The disk of the registry's catalogue has no room, so nothing can be changed; what is loaded still "
+                "serves. Make some, and try again."
+            )
         case library.CatalogueError() | library.BlobError():
             # What the database or the store says of itself may hold addresses: the log's business.
             return errors.RegistryUnavailableError(

@@ -126,6 +126,17 @@ def aliases(rows: Sequence[Row]) -> None:
     _print(table, rows, "no aliases")
 
 
+def bundles(rows: Sequence[Row]) -> None:
+    """One line a bundle."""
+    table = _table(
+        ("BUILD", "left", 32), ("STATE", "left", 10), ("CREATED", "left", 16), ("NOTES", "left", 12)
+    )
+    for row in rows:
+        notes = "returnable" if row["returnable"] else ""
+        table.add_row(plain(row["build_id"]), _state(row["state"]), _when(row["created_at"]), notes)
+    _print(table, rows, "no bundles")
+
+
 def _notes(row: Row) -> str:
     trial = row.get("trial")
     notes = [

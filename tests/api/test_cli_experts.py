@@ -264,3 +264,20 @@ def test_refusals_end_with_one_and_one_line(shell: Shell) -> None:
 )
 def test_wrong_calls_end_with_two_and_ask_no_server(words: list[str], shell: Shell) -> None:
     assert shell.error(*words, code=2, TWINSERVE_URL="http://127.0.0.1:9")
+
+
+def test_a_rebuild_is_listed_and_left_again(tmp_path: Path) -> None:
+    family = tiny_family(tmp_path / "family", experts=("alpha", "beta"))
+    with serving(family.bundle, admin_key=ADMIN_KEY) as served:
+        environment = {"TWINSERVE_URL": served.url, "TWINSERVE_ADMIN_KEY": ADMIN_KEY, "COLUMNS": str(WIDTH)}
+        shell = Shell(served, family, tmp_path, environment)
+        assert "no bundle to go back to" in shell.error("return")
+        before = shell.answer("alpha")
+        [first] = [row["build_id"] for row in shell.json("bundles")]
+        shell.run("rebuild", "--merge", "method=task_arithmetic", "--merge", "scale=0.7")
+        assert eventually(lambda: shell.answer("alpha") != before, 30)
+        assert [row["returnable"] for row in shell.json("bundles")] == [False, True]
+        assert first in shell.run("bundles")
+        assert shell.json("return")["build_id"] == first
+        assert eventually(lambda: shell.answer("alpha") == before, 30)
+        assert "no bundle 'nothing'" in shell.error("return", "nothing")

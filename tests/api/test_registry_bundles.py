@@ -86,6 +86,47 @@ def test_a_new_bundle_takes_over_without_a_lost_request_and_serves_after_a_resta
         assert (state / "bundles" / bundle.manifest.build_id / MANIFEST_NAME).is_file()
 
 
+def test_the_bundle_before_serves_again_with_its_generations_and_is_left_again(
+    family: TinyFamily, other: TinyFamily, options: dict[str, Any], tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    tiny_lora(root / "one", family.base, rank=4, seed=71)
+    options = {**options, "registry_poll_seconds": 0.2, "experts_root": root}
+    with serving(family.bundle, **options) as served:
+        admin = Operator(served)
+        first = admin.get("/registry")["build_id"]
+        before = admin.text(model="alpha")
+        catalogue = Catalogue.open(f"sqlite:///{options['state_dir'] / 'catalogue.sqlite'}")
+        try:
+            switch(catalogue, options["state_dir"], Bundle.open(other.bundle))
+        finally:
+            catalogue.close()
+        assert eventually(lambda: admin.text(model="alpha")[1] == {"alpha": 2}, 30)
+        after = admin.text(model="alpha")
+        listed = admin.get("/bundles")["data"]
+        assert [(it["state"], it["returnable"]) for it in listed] == [("active", False), ("superseded", True)]
+        second = listed[0]["build_id"]
+        admin.registered(name="colours", path="one")
+        refused = admin.post(f"/bundles/{first}/activate")
+        assert refused.status_code == 409, refused.text
+        assert "'colours'" in refused.json()["error"]["message"]
+        assert admin.text(model="alpha") == after
+        assert admin.post("/registry/gc").status_code == 200
+        back = admin.post(f"/bundles/{first}/activate", {"absent": "retire"})
+        assert back.status_code == 200, back.text
+        assert (back.json()["build_id"], back.json()["state"]) == (first, "active")
+        assert eventually(lambda: admin.text(model="alpha") == before, 30)
+        assert [it["name"] for it in admin.get("/experts")["data"]] == sorted(family.fine_tunes)
+        unknown = admin.post("/bundles/nothing/activate")
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "record_not_found")
+    with serving(family.bundle, **options) as served:
+        admin = Operator(served)
+        assert admin.text(model="alpha") == before
+        assert admin.post(f"/bundles/{second}/activate").status_code == 200
+        assert eventually(lambda: admin.text(model="alpha") == after, 30)
+        assert admin.get("/experts/colours")["state"] == "active"
+
+
 def test_a_bundle_that_cannot_be_had_leaves_the_old_one_serving(
     family: TinyFamily, other: TinyFamily, options: dict[str, Any]
 ) -> None:

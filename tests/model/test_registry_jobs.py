@@ -3,10 +3,13 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from experts.registry.sources import new_keys
 from experts.registry.work import Limits, Prepared, RegisterTask, Setup, StoreAt, read_profile
 from service.errors import LimitExceededError
 from service.registrar.checks import Canary, TrialAsked
+from service.registrar.work import Supervisor
 from service.registrar.work.process import Worker, Workers
 from tests.fixtures.tiny import TinyFamily, tiny_family, tiny_fine_tune, tiny_lora
 from tests.model.registry_bench import (
@@ -107,7 +111,7 @@ def test_one_process_does_job_after_job(family, root, tmp_path):
             await here.end_of(here.submit("epsilon", "other"))
             await here.end_of(here.submit("zeta", "empty"))  # a refusal is no reason for another one
             assert workers() == [pid]
-            assert os.sched_getscheduler(pid) == os.SCHED_BATCH
+            assert os.sched_getscheduler(pid) == os.SCHED_IDLE
             assert os.getpriority(os.PRIO_PROCESS, pid) == 19
             assert supervisor.waiting_process == pid
 
@@ -131,6 +135,29 @@ def test_what_cannot_be_an_expert_fails_with_the_reason_and_leaves_nothing(famil
             assert {blob.sha256 for blob in here.blobs.list()} == before
             assert here.served() == {"alpha": 1, "beta": 1}
             assert here.half_made() == []
+
+    asyncio.run(go())
+
+
+def test_siblings_that_came_with_an_older_bundle_are_measured_by_their_own_reports(family, root, tmp_path):
+    older = tmp_path / "bundle"
+    shutil.copytree(family.bundle, older, ignore=shutil.ignore_patterns("registry"))
+    manifest = json.loads((older / "manifest.json").read_text())
+    norms = [entry["summary"].pop("norm") for entry in manifest["experts"].values()]
+    (older / "manifest.json").write_text(json.dumps(manifest))
+
+    async def go() -> None:
+        async with bench(older, root, tmp_path / "state") as here, here.working():
+            assert here.catalogue.generation("alpha", 1).summary.norm is None
+            ended = await here.end_of(here.submit("delta", "lora"))
+            assert ended.state == "succeeded", ended.failure
+            report = here.catalogue.generation("delta", 1).report
+            assert report["siblings_norm"] == pytest.approx(statistics.median(norms))
+            assert report["norm_ratio"] == pytest.approx(report["norm"] / report["siblings_norm"])
+        async with bench(older, root, tmp_path / "state", max_norm_ratio=1.001) as here, here.working():
+            refused = await here.end_of(here.submit("epsilon", "full"))
+            assert (refused.state, refused.failure.code) == ("failed", "expert_rejected")
+            assert "max_norm_ratio" in refused.failure.message
 
     asyncio.run(go())
 
@@ -463,6 +490,68 @@ def test_a_process_that_gets_no_more_memory_says_so_and_is_replaced(family, tmp_
             assert not worker.usable
         assert pool.pid is None
         assert gone(worker.pid)
+
+    asyncio.run(go())
+
+
+# -- the supervisor has a fault ----------------------------------------------------------------------
+
+
+@dataclass
+class Faults:
+    """What watching over a job raises, one after another, before it goes well; and what was told by then."""
+
+    left: list[Exception] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    monkeypatch.setattr("service.registrar.work.lasting._FIRST_PAUSE_SECONDS", 0.01)
+    watch, made = Supervisor._watch, Faults()
+
+    async def faulty(self: Supervisor, *arguments):
+        made.told.append(self.problem)
+        if made.left:
+            raise made.left.pop()
+        return await watch(self, *arguments)
+
+    monkeypatch.setattr(Supervisor, "_watch", faulty)
+    return made
+
+
+def test_a_fault_of_the_supervisor_begins_its_job_anew_and_the_next_ones_go_on(
+    faults, family, root, tmp_path, caplog
+):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working():
+            faults.left.append(RuntimeError("nobody foresaw this"))
+            ended = await here.end_of(here.submit("delta", "lora", prompts=PROMPTS))
+            assert (ended.state, ended.attempt) == ("succeeded", 2), ended.failure
+            assert "nobody foresaw this" in caplog.text
+            assert (await here.end_of(here.submit("epsilon", "other"))).attempt == 1
+            [first, again, later] = faults.told
+            assert (first, later) == ("", "")
+            assert "server's log" in again
+            assert here.served() == {"alpha": 1, "beta": 1, "delta": 1, "epsilon": 1}
+            assert here.staged() == []
+
+    asyncio.run(go())
+
+
+def test_a_job_that_is_a_fault_to_the_supervisor_every_time_fails_and_no_other_does(
+    faults, family, root, tmp_path
+):
+    async def go() -> None:
+        async with replica(family, root, tmp_path, registration_attempts=2) as here:
+            faults.left.extend([RuntimeError("again"), RuntimeError("nobody foresaw this")])
+            async with here.working():
+                job, other = here.submit("delta", "lora"), here.submit("epsilon", "other")
+                ended = await here.end_of(job)
+                assert (ended.state, ended.attempt, ended.failure.code) == ("failed", 2, "request_failed")
+                assert here.catalogue.generation("delta", 1).state == "failed"
+                assert (await here.end_of(other)).state == "succeeded"
+                assert here.served() == {"alpha": 1, "beta": 1, "epsilon": 1}
 
     asyncio.run(go())
 

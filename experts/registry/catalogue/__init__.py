@@ -5,6 +5,7 @@ reading at `catalogue.py`, then `change.py`. May import the registry's records, 
 knows no blob, no file of a bundle and no server.
 """
 
+from experts.registry.catalogue.bundles import Absent
 from experts.registry.catalogue.catalogue import Catalogue
 
-__all__ = ["Catalogue"]
+__all__ = ["Absent", "Catalogue"]

@@ -1,4 +1,4 @@
-"""Which bundle is served: the first one is adopted, others are switched to by a job."""
+"""Which bundle is served: the first one is adopted, others are switched to by a job, and there is a way back."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,23 @@ from typing import Any, Literal
 
 from sqlalchemy import Row, insert, select, update
 
-from experts.errors import DuplicateExpertError, GenerationConflictError, TransitionError
+from experts.errors import (
+    DuplicateExpertError,
+    GenerationConflictError,
+    RecordNotFoundError,
+    TransitionError,
+)
 from experts.registry.catalogue import tables
-from experts.registry.catalogue.change import Change
+from experts.registry.catalogue.change import Change, storable
 from experts.registry.catalogue.ending import Concluding, end_job, end_jobs_of
 from experts.registry.catalogue.experts import check_free, go_live
 from experts.registry.catalogue.publishing import add_router, insert_router
 from experts.registry.catalogue.queueing import allocate
-from experts.registry.catalogue.rows import files_row, generation_row, now
+from experts.registry.catalogue.rows import bundle_of, files_row, generation_row, now
 from experts.registry.records import Actor, BundleRecord, Generation, Job, RouterGeneration
+
+Absent = Literal["refuse", "retire"]
+"""What becomes of experts that serve and are not in the bundle that takes over."""
 
 
 class Bundles(Concluding):
@@ -71,7 +79,7 @@ class Bundles(Concluding):
         *,
         result: Mapping[str, Any] | None = None,
         made_from: Mapping[str, int] | None = None,
-        absent: Literal["refuse", "retire"] = "refuse",
+        absent: Absent = "refuse",
     ) -> Job:
         """End a job by serving another bundle, with generations of its own.
 
@@ -87,7 +95,7 @@ class Bundles(Concluding):
             JobLostError: this attempt does not run any more, or was told to stop, which it has by this.
             GenerationConflictError: another generation serves than one was rebuilt from.
             DuplicateExpertError: an expert's name is an alias.
-            TransitionError: an expert that serves is not in the bundle, or the bundle was served before.
+            TransitionError: an expert that serves is not in the bundle, or the bundle is known already.
         """
         return self._conclude(
             job_id,
@@ -96,6 +104,71 @@ class Bundles(Concluding):
                 change, row, bundle, experts, router, result or {}, made_from or {}, absent
             ),
         )
+
+    def return_to(self, build_id: str, actor: Actor, *, absent: Absent = "refuse") -> BundleRecord:
+        """Serve a bundle again that another one replaced, with the generations and the router of that moment.
+
+        Experts that were retired since stay so, and disabled ones stay disabled; those that were retired because
+        the bundle was left come back. Trials end. For the bundle that serves nothing happens.
+
+        Args:
+            absent: what becomes of experts that serve and that the bundle did not have.
+
+        Raises:
+            RecordNotFoundError: there is no such bundle.
+            TransitionError: it was given up, or never served; or an expert that serves came after it.
+        """
+        with self._change() as change:
+            before = change.served_build()
+            row = _bundle_row(change, build_id)
+            if build_id == before:
+                return bundle_of(row)
+            way = row.way_back
+            if way is None:
+                raise TransitionError(
+                    f"the bundle {build_id} never served, or was given up since (the newest one that was replaced "
+                    "is kept); build one anew"
+                )
+            _leave_old(change, before, set(way["experts"]), {}, absent)
+            change.build_id = build_id
+            columns = tables.bundles.c
+            change.connection.execute(
+                update(tables.bundles)
+                .where(columns.build_id == build_id)
+                .values(state="active", way_back=None)
+            )
+            numbers = _go_back(change, way)
+            change.router = None if way["router"] is None else change.router_row(way["router"]).number
+            detail = {"from": before, "experts": numbers, "router": change.router}
+            change.note(actor, "return", build_id, detail)
+            return bundle_of(_bundle_row(change, build_id))
+
+
+def _bundle_row(change: Change, build_id: str) -> Row[Any]:
+    query = select(tables.bundles).where(tables.bundles.c.build_id == build_id)
+    row = change.connection.execute(query).one_or_none() if storable(build_id) else None
+    if row is None:
+        raise RecordNotFoundError(f"there is no bundle {build_id!r}")
+    return row
+
+
+def _go_back(change: Change, way: Mapping[str, Any]) -> dict[str, int]:
+    """Put the generations live that a bundle was left with; those that serve by it."""
+    numbers = {}
+    for name, number in sorted(way["experts"].items()):
+        expert = change.known_expert(name)
+        state = expert.state
+        if state == "retired" and name in way["retired"] and expert.generation == number:
+            check_free(change, name)
+            state = "active"
+        if state == "retired":
+            continue
+        change.usable_generation(name, number)
+        go_live(change, expert, number)
+        change.set_expert(name, state=state)
+        if state == "active":
+            numbers[name] = number
+    return numbers
 
 
 def _switch(
@@ -106,16 +179,18 @@ def _switch(
     router: RouterGeneration | None,
     result: Mapping[str, Any],
     made_from: Mapping[str, int],
-    absent: Literal["refuse", "retire"],
+    absent: Absent,
 ) -> Row[Any]:
     if row.kind != "rebuild":
         raise TransitionError(f"a job of kind {row.kind!r} cannot switch bundles")
     before = change.served_build()
     known = tables.bundles.c.build_id
     if change.connection.execute(select(known).where(known == bundle.build_id)).first() is not None:
-        raise TransitionError(f"the bundle {bundle.build_id} was served before; build it anew")
-    _leave_old(change, {generation.name for generation in experts}, made_from, absent)
-    change.connection.execute(update(tables.bundles).where(known == before).values(state="superseded"))
+        raise TransitionError(
+            f"the bundle {bundle.build_id} is known already; go back to it with "
+            f"POST /admin/bundles/{bundle.build_id}/activate, or build it anew"
+        )
+    _leave_old(change, before, {generation.name for generation in experts}, made_from, absent)
     _insert_bundle(change, replace(bundle, state="active"))
     change.build_id = bundle.build_id
     numbers = {}
@@ -139,8 +214,10 @@ def _switch(
 
 
 def _leave_old(
-    change: Change, coming: set[str], made_from: Mapping[str, int], absent: Literal["refuse", "retire"]
+    change: Change, build_id: str, coming: set[str], made_from: Mapping[str, int], absent: Absent
 ) -> None:
+    """End what belongs to the served bundle, and write down how it was."""
+    standing, retired = _standing(change, build_id), []
     for row in change.connection.execute(select(tables.experts)).all():
         wanted = made_from.get(row.name)
         if row.state != "retired" and wanted is not None and wanted != row.generation:
@@ -153,12 +230,40 @@ def _leave_old(
         if row.name in coming or row.state != "active" or row.generation is None:
             continue
         if absent == "refuse":
-            raise TransitionError(f"expert {row.name!r} serves and is not in the bundle; rebuild again")
+            raise TransitionError(
+                f"expert {row.name!r} serves and is not in the bundle; build one with it, or have it retired"
+            )
         columns = tables.aliases.c
         change.connection.execute(tables.aliases.delete().where(columns.name == row.name))
         change.left(row.name, row.generation)
         change.set_expert(row.name, state="retired", pinned=False)
         end_jobs_of(change, row.name, "the bundle that is served now has no such expert")
+        retired.append(row.name)
+    way = {
+        "revision": change.revision,
+        "experts": standing,
+        "retired": retired,
+        "router": change.router,
+    }
+    change.connection.execute(
+        update(tables.bundles)
+        .where(tables.bundles.c.build_id == build_id)
+        .values(state="superseded", way_back=way)
+    )
+
+
+def _standing(change: Change, build_id: str) -> dict[str, int]:
+    """Expert → its current generation, of those that a bundle has; disabled ones too."""
+    experts, generations = tables.experts.c, tables.generations.c
+    rows = change.connection.execute(
+        select(experts.name, experts.generation)
+        .join(
+            tables.generations,
+            (generations.name == experts.name) & (generations.number == experts.generation),
+        )
+        .where(experts.state != "retired", generations.build_id == build_id)
+    )
+    return {row.name: row.generation for row in rows}
 
 
 def _insert_bundle(change: Change, bundle: BundleRecord) -> None:

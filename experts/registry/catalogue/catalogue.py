@@ -8,6 +8,7 @@ from experts.registry.catalogue.experts import ExpertChanges
 from experts.registry.catalogue.jobs import Jobs
 from experts.registry.catalogue.mending import Mending
 from experts.registry.catalogue.migrate import migrate
+from experts.registry.catalogue.pruning import Pruning
 from experts.registry.catalogue.publishing import Publishing
 from experts.registry.catalogue.reading import Reading
 from experts.registry.catalogue.replicas import Replicas
@@ -15,13 +16,13 @@ from experts.registry.catalogue.watch import Watching
 
 
 class Catalogue(
-    Reading, ExpertChanges, Jobs, Publishing, Bundles, Replicas, Collecting, Audit, Watching, Mending
+    Reading, ExpertChanges, Jobs, Publishing, Bundles, Replicas, Collecting, Pruning, Audit, Watching, Mending
 ):
     """What the registry knows, in SQLite or PostgreSQL; for many threads, processes and machines at once.
 
     Every change is one transaction that advances the revision by 1 and has its lines in the audit log; of what is
     refused nothing is kept. Reports (progress, beats, pins of blobs) and refused changes that are recorded make no
-    revision. Clocks are read for people only.
+    revision. Clocks are read for people only, and `prune` believes what they said.
     """
 
     @classmethod

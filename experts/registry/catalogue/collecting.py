@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
@@ -62,19 +62,20 @@ class Collecting(Connected):
     def collectable(self, keep: int) -> list[Generation]:
         """Generations that could be given up: ready, not serving, not tried out, and used by no replica.
 
-        Of every expert that is not retired the newest `keep` of the served bundle stay, for rollbacks.
+        Of every expert that is not retired the newest `keep` of the served bundle stay, for rollbacks; where that is
+        more than one, what served with the bundle before stays too, for a way back.
         """
         with self._database.read() as connection:
             return [generation_of(row) for row in _collectable(connection, keep)]
 
-    def collect(self, generations: Sequence[Generation], actor: Actor) -> list[Generation]:
-        """Give up generations, and routers that nobody could go back to without them; those that were.
+    def collect(self, generations: Sequence[Generation], actor: Actor, keep: int = 0) -> list[Generation]:
+        """Give up generations, and routers and bundles that nobody could go back to without them; those that were.
 
-        One that came into use again since it was found collectable stays.
+        One that came into use again since it was found collectable, or is one of those to `keep` by now, stays.
         """
         with self._change() as change:
             wanted = {(generation.name, generation.number) for generation in generations}
-            rows = [row for row in _collectable(change.connection, 0) if (row.name, row.number) in wanted]
+            rows = [row for row in _collectable(change.connection, keep) if (row.name, row.number) in wanted]
             columns = tables.generations.c
             for row in rows:
                 change.connection.execute(
@@ -83,14 +84,15 @@ class Collecting(Connected):
                     .values(state="collected", files={}, origin={}, profile=None, prompts=None)
                 )
                 change.note(actor, "collect", row.name, {"generation": row.number})
-            routers = _useless_routers(change.connection)
+            routers = _useless_routers(change.connection, keep)
             if routers:
                 number = tables.routers.c.number
                 change.connection.execute(update(tables.routers).where(number.in_(routers)).values(files={}))
-            bundles = _useless_bundles(change.connection)
+            bundles = _useless_bundles(change.connection, keep)
             if bundles:
                 build = tables.bundles.c.build_id
-                change.connection.execute(update(tables.bundles).where(build.in_(bundles)).values(files={}))
+                given_up: dict[str, Any] = {"files": {}, "way_back": None}
+                change.connection.execute(update(tables.bundles).where(build.in_(bundles)).values(**given_up))
             if routers or bundles:
                 change.note(actor, "collect", "routers", {"routers": routers, "bundles": bundles})
             return [generation_of(row) for row in rows]
@@ -117,6 +119,30 @@ class _Use:
     revision: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class _WayBack:
+    """What must stay so that the bundle before can serve again; nothing where there is none.
+
+    Attributes:
+        experts: name → number.
+    """
+
+    build: str | None = None
+    experts: Mapping[str, int] = field(default_factory=dict)
+    router: int | None = None
+
+
+def _way_back(connection: Connection, keep: int) -> _WayBack:
+    """To the bundle that was replaced last. Who keeps one generation alone wants no way back."""
+    columns = tables.bundles.c
+    rows = connection.execute(select(columns.build_id, columns.way_back)).all()
+    ways = [row for row in rows if row.way_back is not None]
+    if keep < 2 or not ways:
+        return _WayBack()
+    last = max(ways, key=lambda row: row.way_back["revision"])
+    return _WayBack(last.build_id, last.way_back["experts"], last.way_back["router"])
+
+
 def _use(connection: Connection) -> _Use:
     state = connection.execute(select(tables.registry)).one()
     experts = {row.name: row for row in connection.execute(select(tables.experts))}
@@ -141,6 +167,7 @@ def _collectable(connection: Connection, keep: int) -> list[Any]:
         .order_by(columns.name, columns.number.desc())
     ).all()
     known = _profiles(connection, use.routers)
+    back = _way_back(connection, keep).experts
     kept: dict[str, int] = defaultdict(int)
     found = []
     for row in rows:
@@ -155,7 +182,8 @@ def _collectable(connection: Connection, keep: int) -> list[Any]:
         behind = row.left_at is not None and use.revision is not None and use.revision < row.left_at
         leased = f"{row.name}@{row.number}" in use.leases
         profiled = not retired and known.get(row.name) == row.number
-        if not (serves or behind or leased or profiled):
+        returns = back.get(row.name) == row.number
+        if not (serves or behind or leased or profiled or returns):
             found.append(row)
     return found
 
@@ -167,9 +195,9 @@ def _profiles(connection: Connection, routers: set[int]) -> dict[str, int]:
     return {name: number for profiles in rows for name, number in profiles.items()}
 
 
-def _useless_routers(connection: Connection) -> list[int]:
+def _useless_routers(connection: Connection, keep: int) -> list[int]:
     """Routers with files that neither serve nor could: of another bundle, or of generations given up."""
-    use = _use(connection)
+    use, back = _use(connection), _way_back(connection, keep).router
     columns = tables.generations.c
     ready = {
         (row.name, row.number)
@@ -181,17 +209,17 @@ def _useless_routers(connection: Connection) -> list[int]:
     )
     found = []
     for row in connection.execute(select(tables.routers)):
-        usable = row.build_id == use.build and set(row.profiles.items()) <= ready
+        usable = row.number == back or (row.build_id == use.build and set(row.profiles.items()) <= ready)
         # A replica that is behind may be about to load it.
         if row.files and row.number not in use.routers and not usable and not behind:
             found.append(row.number)
     return found
 
 
-def _useless_bundles(connection: Connection) -> list[str]:
-    use = _use(connection)
+def _useless_bundles(connection: Connection, keep: int) -> list[str]:
+    used = _use(connection).builds | {_way_back(connection, keep).build}
     rows = connection.execute(select(tables.bundles).where(tables.bundles.c.state == "superseded"))
-    return [row.build_id for row in rows if row.files and row.build_id not in use.builds]
+    return [row.build_id for row in rows if (row.files or row.way_back) and row.build_id not in used]
 
 
 def _referenced(connection: Connection) -> dict[str, int]:

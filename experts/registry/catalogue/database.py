@@ -1,6 +1,7 @@
 """One database, SQLite or PostgreSQL: how it is opened, how transactions begin, what its faults become."""
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any, Literal
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from experts.errors import CatalogueError
+from experts.errors import CatalogueError, CatalogueFullError
 from experts.registry.catalogue.rows import dumps
 
 Dialect = Literal["sqlite", "postgresql"]
 CHANNEL = "twinserve_registry"
 """Where PostgreSQL tells of new revisions."""
+
+_DISK_FULL = "53100"
+"""PostgreSQL's word for it."""
 
 _CONNECT_SECONDS = 5
 _STATEMENT_SECONDS = 15
@@ -124,7 +128,10 @@ class Database:
         try:
             yield
         except SQLAlchemyError as error:
-            raise CatalogueError(f"the catalogue {self.where} cannot be used: {_said(error)}") from error
+            message = f"the catalogue {self.where} cannot be used: {_said(error)}"
+            if _is_full(error):
+                raise CatalogueFullError(f"{message}; make room on its disk") from error
+            raise CatalogueError(message) from error
 
 
 def _parse(url: str) -> URL:
@@ -251,6 +258,13 @@ def _open_postgresql(url: URL, read_only: bool) -> Database:
         raise
     database.writable = not read_only and not standby and bool(may)
     return database
+
+
+def _is_full(error: SQLAlchemyError) -> bool:
+    """Whether the database says that its disk has no room."""
+    origin = getattr(error, "orig", None)
+    told = getattr(origin, "sqlite_errorcode", None) or getattr(origin, "sqlstate", None)
+    return told in (sqlite3.SQLITE_FULL, _DISK_FULL)
 
 
 def _said(error: SQLAlchemyError) -> str:

@@ -113,23 +113,32 @@ def end_jobs_of(change: Change, name: str, why: str) -> list[str]:
     return [row.id for row in rows]
 
 
-def give_back(change: Change, row: Row[Any], attempts: int) -> Row[Any]:
-    """What a dead replica ran: queued again, failed after so many attempts, or cancelled as asked."""
+def give_back(
+    change: Change,
+    row: Row[Any],
+    attempts: int | None,
+    failure: JobFailure | None,
+    report: Mapping[str, Any] | None,
+) -> Row[Any]:
+    """A job whose attempt ended by itself: queued again, failed once so many died, or cancelled as asked.
+
+    Args:
+        attempts: None where it did not die, which counts for nothing.
+        failure, report: of a job that fails by it.
+    """
     if row.cancelling:
         return end_job(change, row, "cancelled", actor=Actor())
-    if row.attempt >= attempts:
-        failure = JobFailure(
-            "request_failed",
-            f"The server that ran it died, {row.attempt} times in all; nothing was registered.",
+    deaths = row.deaths + (attempts is not None)
+    if attempts is not None and deaths >= attempts:
+        told = failure or JobFailure(
+            "request_failed", f"The server that ran it died, {deaths} times in all; nothing was registered."
         )
-        return end_job(change, row, "failed", failure=failure, actor=Actor())
-    change.connection.execute(
-        update(tables.jobs).where(tables.jobs.c.id == row.id).values(state="queued", slot=None, owner=None)
-    )
+        return end_job(change, row, "failed", failure=told, report=report, actor=Actor())
+    again = {"state": "queued", "slot": None, "owner": None, "deaths": deaths}
+    change.connection.execute(update(tables.jobs).where(tables.jobs.c.id == row.id).values(again))
     _let_go(change, row.id)
-    change.note(
-        Actor(), "requeue", row.name or row.id, {"job": row.id, "attempt": row.attempt, "owner": row.owner}
-    )
+    detail = {"job": row.id, "attempt": row.attempt, "deaths": deaths, "owner": row.owner}
+    change.note(Actor(), "requeue", row.name or row.id, detail)
     return job_row(change.connection, row.id)
 
 

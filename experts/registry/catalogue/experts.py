@@ -46,25 +46,30 @@ class ExpertChanges(Connected):
         with self._change() as change:
             row = change.known_expert(name)
             check_current(row, expected)
-            generation = change.usable_generation(name, number)
-            check_free(change, name)
-            detail: dict[str, Any] = {"from": row.generation, "to": generation.number}
-            if router is not None:
-                _switch_router(change, name, number, router)
-                detail["router"] = router
-            go_live(change, row, number)
+            detail = _serve(change, row, number, router)
             if row.state == "retired":
                 change.set_expert(name, state="active", pinned=False)
             change.note(actor, "activate", name, detail)
             return _read(change, name)
 
-    def pin(self, name: str, number: int | None, actor: Actor, *, expected: int | None = None) -> Expert:
+    def pin(
+        self,
+        name: str,
+        number: int | None,
+        actor: Actor,
+        *,
+        expected: int | None = None,
+        router: int | None = None,
+    ) -> Expert:
         """Keep a generation live whatever is registered later; None lets registrations go live again.
 
-        A generation that is not the current one is activated too, and the router kept.
+        A generation that is not the current one goes live by it, as by `activate`.
+
+        Args:
+            router: as of `activate`.
 
         Raises:
-            RecordNotFoundError, TransitionError: as `activate`.
+            RecordNotFoundError, TransitionError, StaleRouterError: as `activate`.
         """
         with self._change() as change:
             row = change.served_expert(name)
@@ -73,11 +78,9 @@ class ExpertChanges(Connected):
                 change.set_expert(name, pinned=False)
                 change.note(actor, "unpin", name, {"generation": row.generation})
             else:
-                change.usable_generation(name, number)
-                if number != row.generation:
-                    go_live(change, row, number)
+                detail = _serve(change, row, number, router)
                 change.set_expert(name, pinned=True)
-                change.note(actor, "pin", name, {"from": row.generation, "to": number})
+                change.note(actor, "pin", name, detail)
             return _read(change, name)
 
     def set_state(
@@ -250,6 +253,18 @@ def go_live(change: Change, row: Row[Any], number: int) -> None:
     change.set_expert(row.name, generation=number)
     if row.trial is not None and row.trial["generation"] == number:
         change.set_expert(row.name, trial=None)
+
+
+def _serve(change: Change, row: Row[Any], number: int, router: int | None) -> dict[str, Any]:
+    """Let a generation serve, with a router that knows it where one is given; what the audit log tells of it."""
+    change.usable_generation(row.name, number)
+    check_free(change, row.name)
+    detail = {"from": row.generation, "to": number}
+    if router is not None:
+        _switch_router(change, row.name, number, router)
+        detail["router"] = router
+    go_live(change, row, number)
+    return detail
 
 
 def _switch_router(change: Change, name: str, number: int, router: int) -> None:

@@ -196,14 +196,27 @@ class Jobs(Connected):
             change.note(actor, "retry", row.name or row.id, detail)
             return job_of(row)
 
-    def requeue(self, owner: str, attempts: int) -> list[Job]:
-        """Give back what a dead replica ran: queued again, failed after so many attempts, or cancelled as asked."""
+    def requeue(
+        self,
+        owner: str,
+        attempts: int | None,
+        *,
+        failure: JobFailure | None = None,
+        report: Mapping[str, Any] | None = None,
+    ) -> list[Job]:
+        """Give back what a replica ran: queued again, failed once so many attempts died, or cancelled as asked.
+
+        Args:
+            attempts: None where nothing died: it is given back in good order, however often that happens.
+            failure: why a job fails by it; that its server died if not given.
+            report: of the generation that fails by it.
+        """
         columns = tables.jobs.c
         with self._change() as change:
             rows = change.connection.execute(
                 select(tables.jobs).where(columns.state == "running", columns.owner == owner)
             ).all()
-            return [job_of(give_back(change, row, attempts)) for row in rows]
+            return [job_of(give_back(change, row, attempts, failure, report)) for row in rows]
 
 
 def _ordered(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, Text, cast, select
 
 from experts.errors import RecordNotFoundError, UnknownExpertError
 from experts.registry.catalogue import tables
@@ -10,6 +10,7 @@ from experts.registry.catalogue.change import MAX_NUMBER, Connected, plain, stor
 from experts.registry.catalogue.rows import (
     audit_of,
     bundle_of,
+    dumps,
     expert_of,
     generation_of,
     job_of,
@@ -30,6 +31,9 @@ from experts.registry.records import (
 )
 
 _MAX_ROWS = 10_000
+
+_LOOKED_AT = 100
+"""Routers that know a generation, of which at most so many are looked at for one that knows the others' too."""
 
 
 class Reading(Connected):
@@ -107,12 +111,45 @@ class Reading(Connected):
             raise RecordNotFoundError(f"there is no router generation {number}")
         return router_of(rows[0])
 
+    def router_with(self, name: str, number: int) -> int | None:
+        """The router as it would be if only this expert's profile were that generation's: the newest such.
+
+        Those of which files were given up do not count.
+
+        Returns:
+            None where there is none, or the current router does not know the expert.
+        """
+        routers, registry = tables.routers, tables.registry
+        with self._database.read() as connection:
+            current = connection.execute(
+                select(routers.c.number, routers.c.build_id, routers.c.profiles).join(
+                    registry, registry.c.router == routers.c.number
+                )
+            ).one_or_none()
+            if current is None or name not in current.profiles or not 0 <= number < MAX_NUMBER:
+                return None
+            if current.profiles[name] == number:
+                return int(current.number)
+            query = (
+                select(routers.c.number, routers.c.profiles)
+                .where(
+                    routers.c.build_id == current.build_id,
+                    routers.c.profiles[name].as_integer() == number,
+                    cast(routers.c.files, Text) != dumps({}),
+                )
+                .order_by(routers.c.number.desc())
+                .limit(_LOOKED_AT)
+            )
+            wanted = {**current.profiles, name: number}
+            found = (row.number for row in connection.execute(query) if row.profiles == wanted)
+            return next(found, None)
+
     def bundles(self) -> list[BundleRecord]:
-        """All bundles that were ever served, the newest first."""
+        """All bundles that ever served: the one that serves, those that could again, the last first, and others."""
         columns = tables.bundles.c
         rows = self._rows(select(tables.bundles).order_by(columns.created.desc(), columns.build_id))
-        # The clock may have jumped; the one that is served is the newest whatever it says.
-        return sorted((bundle_of(row) for row in rows), key=lambda bundle: bundle.state != "active")
+        found = [bundle_of(row) for row in rows]
+        return sorted(found, key=lambda bundle: (bundle.state != "active", -(bundle.left or 0)))
 
     def jobs(
         self,

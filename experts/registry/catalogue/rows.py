@@ -33,7 +33,7 @@ def dumps(value: Any) -> str:
 
 
 def now() -> datetime:
-    """The wall clock, for people; nothing is decided by it."""
+    """The wall clock, for people; nothing is decided by it but which old rows are pruned."""
     return datetime.now(UTC)
 
 
@@ -109,6 +109,7 @@ def bundle_of(row: Row[Any]) -> BundleRecord:
         manifest=row.manifest,
         files=files_of(row.files),
         state=row.state,
+        left=row.way_back["revision"] if row.way_back is not None else None,
         created=row.created,
     )
 

@@ -61,6 +61,9 @@ bundles = Table(
     Column("manifest", Text, nullable=False),
     Column("files", JSON(none_as_null=True), nullable=False),
     Column("state", String(16), nullable=False),
+    # What served when another bundle took its place: {"revision", "experts": {name: number}, "retired": [name],
+    # "router"}. Null while it serves, and once it was given up.
+    Column("way_back", JSON(none_as_null=True)),
     Column("created", Moment, nullable=False),
     CheckConstraint("state IN ('staged', 'active', 'superseded', 'failed')", name="state"),
 )
@@ -146,6 +149,8 @@ jobs = Table(
     Column("generation", BigInteger),
     Column("idempotency_key", Text),
     Column("attempt", Integer, nullable=False),
+    # Attempts that died with their process or server; those that were given back in good order do not count.
+    Column("deaths", Integer, nullable=False, server_default="0"),
     Column("owner", Text),
     Column("cancelling", Boolean, nullable=False),
     Column("progress", JSON(none_as_null=True), nullable=False),

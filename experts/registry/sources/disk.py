@@ -22,7 +22,10 @@ def disk(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise StorageFullError(f"there is no room left below {where.name}; make some") from error
+            raise StorageFullError(
+                f"there is no room left below {where.name}; make some, for instance with `twinserve registry gc`, "
+                "and try again"
+            ) from error
         raise BlobError(f"{where} cannot be written: {error.strerror or error}") from error
 
 

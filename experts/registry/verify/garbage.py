@@ -53,7 +53,7 @@ def collect_garbage(
     if dry_run:
         gone = list(_would_go(catalogue, blobs, old))
     else:
-        old = catalogue.collect(old, actor) if old else []
+        old = catalogue.collect(old, actor, keep) if old else []
         gone = list(unneeded(catalogue, blobs, grace_seconds, delete=True))
         with blobs.sweeping():
             for name in blobs.leftovers():

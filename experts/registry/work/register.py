@@ -1,14 +1,16 @@
 """A fine-tune → files of an expert, checked. Writes below the task's folder only."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from experts.bundle import Bundle
 from experts.bundle_expert import check_expert, summarise, write_expert
 from experts.bundle_files import digest
-from experts.bundle_manifest import EXPERT_FILES, FileEntry
+from experts.bundle_manifest import EXPERT_FILES, ExpertSummary, FileEntry
 from experts.compression import CompressedExpert, CompressionSpec
-from experts.registry.checks import check_expert_candidate, require_finite_files
+from experts.errors import BlobError
+from experts.registry.checks import check_expert_candidate, norm_told, require_finite_files
 from experts.registry.prepare import describe_source, prepare_expert
 from experts.registry.sources import (
     digest_of_source,
@@ -50,7 +52,7 @@ def register(task: RegisterTask, desk: Desk) -> Prepared:
     compressed = prepare_expert(bundle, task.name, source, spec, progress=told)
     measured = check_expert_candidate(
         compressed,
-        task.checks.siblings,
+        _siblings(task.checks, desk),
         max_norm_ratio=task.checks.max_norm_ratio,
         max_relative_error=task.checks.max_relative_error,
     )
@@ -95,6 +97,16 @@ def totals(compressed: CompressedExpert) -> dict[str, Any]:
         "max_rank": report.max_rank,
         "tensors": {handling: handled.count(handling) for handling in ("factored", "exact", "folded")},
     }
+
+
+def _siblings(checks: Checks, desk: Desk) -> dict[str, ExpertSummary]:
+    """Those that serve, each with its norm where that is known at all."""
+    found = dict(checks.siblings)
+    for name, entry in checks.reports.items():
+        # The norm of one whose file cannot be had counts for nothing: that is no fault of this one.
+        with contextlib.suppress(BlobError):
+            found[name] = found[name].model_copy(update={"norm": norm_told(desk.blobs.path(entry))})
+    return found
 
 
 def _kept(keep: str, kind: str) -> bool:

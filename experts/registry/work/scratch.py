@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experts.bundle_files import locked
-from experts.errors import BlobError
+from experts.registry.blobs.files import refusals
 
 _PREFIX = "work-"
 
@@ -26,10 +26,10 @@ class Scratch:
         Whose process lives is told by a lock, which the kernel frees however a process ends.
 
         Raises:
-            BlobError: the root cannot be written.
+            StorageFullError, BlobError: the root cannot be written.
         """
         with contextlib.ExitStack() as held:
-            try:
+            with refusals(f"{root} cannot be used for half-made files"):
                 root.mkdir(parents=True, exist_ok=True)
                 # Nobody else may take a folder for a dead one's before it is locked.
                 with locked(root):
@@ -39,8 +39,6 @@ class Scratch:
                     path = root / f"{_PREFIX}{secrets.token_hex(6)}"
                     path.mkdir()
                     held.enter_context(locked(path))
-            except OSError as error:
-                raise BlobError(f"{root} cannot be used for half-made files: {error}") from error
             try:
                 yield cls(path)
             finally:
@@ -50,14 +48,12 @@ class Scratch:
         """A new empty folder; whatever had the name is removed.
 
         Raises:
-            BlobError: it cannot be made.
+            StorageFullError, BlobError: it cannot be made.
         """
         path = self.path / name
         shutil.rmtree(path, ignore_errors=True)
-        try:
+        with refusals(f"{path} cannot be made"):
             path.mkdir(parents=True)
-        except OSError as error:
-            raise BlobError(f"{path} cannot be made: {error}") from error
         return path
 
     def remove(self, name: str) -> None:

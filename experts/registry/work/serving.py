@@ -91,7 +91,11 @@ class _Desk:
         if isinstance(error, ExpertsError):
             return Failure(kind=type(error).__name__, message=str(error))
         if is_full(error):
-            return Failure(kind=StorageFullError.__name__, message="the disk has no room for half-made files")
+            return Failure(
+                kind=StorageFullError.__name__,
+                message="the disk has no room for half-made files; make some, for instance with "
+                "`twinserve registry gc`, and retry the job",
+            )
         _log.exception("a task failed")
         return Failure(kind="fault", message=f"{type(error).__name__}: {error}")
 

@@ -76,6 +76,7 @@ class Checks:
         max_relative_error: what compression may lose of it, of its norm; None only reports it.
         max_norm_ratio: its norm over its siblings' median, either way.
         siblings: the experts that serve, by name.
+        reports: expert.json of those of them whose summary tells no norm, as blobs.
     """
 
     signature: str | None = None
@@ -83,6 +84,7 @@ class Checks:
     max_relative_error: float | None = None
     max_norm_ratio: float = 100.0
     siblings: Mapping[str, ExpertSummary] = field(default_factory=dict)
+    reports: Mapping[str, FileEntry] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

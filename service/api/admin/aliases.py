@@ -6,7 +6,13 @@ from service.api.admin.asking import AdminParts, actor_of, admin_refusals
 from service.api.admin.telling import json_answer
 from service.api.wire.admin import AliasBody
 from service.api.wire.registry import AliasAnswer, AliasList, DeletedAnswer
-from service.errors import ConflictError, ExpertNotFoundError, RecordNotFoundError, WrongStateError
+from service.errors import (
+    ConflictError,
+    ExpertNotFoundError,
+    RecordNotFoundError,
+    StorageFullError,
+    WrongStateError,
+)
 
 
 def add_routes(router: APIRouter, parts: AdminParts) -> None:
@@ -34,7 +40,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     @router.put(
         "/admin/aliases/{alias}",
         response_model=AliasAnswer,
-        responses=admin_refusals(ExpertNotFoundError, ConflictError, WrongStateError),
+        responses=admin_refusals(ExpertNotFoundError, ConflictError, WrongStateError, StorageFullError),
     )
     async def set_alias(request: Request, alias: str, body: AliasBody) -> Response:
         """Let an alias stand for an expert from now on; all requests that name it follow at once."""
@@ -42,7 +48,9 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
         return json_answer(AliasAnswer(alias=alias, expert=body.expert))
 
     @router.delete(
-        "/admin/aliases/{alias}", response_model=DeletedAnswer, responses=admin_refusals(RecordNotFoundError)
+        "/admin/aliases/{alias}",
+        response_model=DeletedAnswer,
+        responses=admin_refusals(RecordNotFoundError, StorageFullError),
     )
     async def remove_alias(request: Request, alias: str) -> Response:
         """Take an alias away; the expert stays."""

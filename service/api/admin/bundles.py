@@ -2,18 +2,25 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from service.api.admin.asking import AdminParts, Wait, actor_of, admin_refusals, scoped
-from service.api.admin.experts import ACCEPTED, SUBMITTING
+from service.api.admin.experts import ACCEPTED, CHANGING, SUBMITTING
 from service.api.admin.telling import accepted, bundle_answer, json_answer
 from service.api.admin.waiting import ended_or_later
 from service.api.bounds import at_most_items
 from service.api.generation import while_connected
-from service.api.wire.admin import BundleBody, IdempotencyKey
-from service.api.wire.registry import BundleList, JobAnswer
-from service.errors import ExpertRejectedError, RegistrationTimeoutError, RequestFailedError
+from service.api.wire.admin import BundleBody, IdempotencyKey, ReturnBody
+from service.api.wire.registry import BundleAnswer, BundleList, JobAnswer
+from service.errors import (
+    ExpertRejectedError,
+    RegistrationTimeoutError,
+    RequestFailedError,
+    StorageFullError,
+)
 from service.registrar import job_error
+
+_BuildId = Annotated[str, Path(min_length=1, max_length=64)]
 
 
 def add_routes(router: APIRouter, parts: AdminParts) -> None:
@@ -22,7 +29,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
 
     @router.get("/admin/bundles", response_model=BundleList, responses=admin_refusals())
     async def list_bundles() -> Response:
-        """List every bundle that served or was built, newest first."""
+        """List the bundle that serves, then those that did: first the one that was replaced last."""
         return json_answer(BundleList(data=[bundle_answer(one) for one in await registrar.bundles()]))
 
     @router.post(
@@ -52,3 +59,14 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
         response = accepted(job)
         response.status_code = 200
         return response
+
+    @router.post(
+        "/admin/bundles/{build_id}/activate",
+        response_model=BundleAnswer,
+        responses=admin_refusals(*CHANGING, StorageFullError),
+    )
+    async def activate(request: Request, build_id: _BuildId, body: ReturnBody | None = None) -> Response:
+        """Serve a bundle again that another one replaced, with the generations that served with it."""
+        retire = body is not None and body.absent == "retire"
+        bundle = await registrar.return_to(build_id, actor_of(request), retire_absent=retire)
+        return json_answer(bundle_answer(bundle))

@@ -86,6 +86,7 @@ CHANGING = (
     PreconditionFailedError,
     WrongStateError,
     EngineDeadError,
+    StorageFullError,
 )
 """What a change of an expert is refused for."""
 

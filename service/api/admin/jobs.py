@@ -14,7 +14,7 @@ from service.api.generation import begun
 from service.api.refusals import Responses
 from service.api.sse import EventStream
 from service.api.wire.registry import JobAnswer, JobList
-from service.errors import QueueFullError, RecordNotFoundError, WrongStateError
+from service.errors import QueueFullError, RecordNotFoundError, StorageFullError, WrongStateError
 
 _EVENTS: Responses = {
     200: {
@@ -74,7 +74,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     @router.post(
         "/admin/jobs/{job}/cancel",
         response_model=JobAnswer,
-        responses=admin_refusals(RecordNotFoundError, WrongStateError),
+        responses=admin_refusals(RecordNotFoundError, WrongStateError, StorageFullError),
     )
     async def cancel(request: Request, job: str) -> Response:
         """Cancel a job: a waiting one at once, a running one at its next chance; nothing of it stays."""
@@ -85,7 +85,10 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
         "/admin/jobs/{job}/retry",
         status_code=202,
         response_model=JobAnswer,
-        responses={**ACCEPTED, **admin_refusals(RecordNotFoundError, WrongStateError, QueueFullError)},
+        responses={
+            **ACCEPTED,
+            **admin_refusals(RecordNotFoundError, WrongStateError, QueueFullError, StorageFullError),
+        },
     )
     async def retry(request: Request, job: str) -> Response:
         """Begin a failed or cancelled job anew, as a new job with a new generation."""

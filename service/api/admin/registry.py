@@ -6,6 +6,7 @@ from service.api.admin.asking import AdminParts, actor_of, admin_refusals
 from service.api.admin.telling import json_answer, registry_answer
 from service.api.wire.admin import CollectBody
 from service.api.wire.registry import CollectedAnswer, RegistryAnswer
+from service.errors import StorageFullError
 
 
 def add_routes(router: APIRouter, parts: AdminParts) -> None:
@@ -17,7 +18,9 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
         """Tell the catalogue's revision, the one that this replica serves, and how the other replicas are."""
         return json_answer(registry_answer(await registrar.state()))
 
-    @router.post("/admin/registry/gc", response_model=CollectedAnswer, responses=admin_refusals())
+    @router.post(
+        "/admin/registry/gc", response_model=CollectedAnswer, responses=admin_refusals(StorageFullError)
+    )
     async def collect(request: Request, body: CollectBody | None = None) -> Response:
         """Give up files that no generation, lease or replica needs."""
         collected = await registrar.collect_garbage(actor_of(request), body.keep if body else None)

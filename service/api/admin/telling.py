@@ -168,6 +168,7 @@ def bundle_answer(bundle: BundleRecord) -> BundleAnswer:
         name=bundle.name,
         state=bundle.state,
         rebuilt=bool(bundle.files),
+        returnable=bundle.left is not None,
         created_at=seconds(bundle.created),
     )
 

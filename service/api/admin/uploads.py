@@ -168,7 +168,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     @router.delete(
         "/admin/uploads/{upload_id}/files/{name:path}",
         response_model=UploadAnswer,
-        responses=admin_refusals(RecordNotFoundError, WrongStateError),
+        responses=admin_refusals(RecordNotFoundError, WrongStateError, StorageFullError),
     )
     async def delete_file(upload_id: str, name: str) -> Response:
         """Forget one file of an upload, to send it anew."""
@@ -177,7 +177,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     @router.delete(
         "/admin/uploads/{upload_id}",
         response_model=DeletedAnswer,
-        responses=admin_refusals(RecordNotFoundError, WrongStateError),
+        responses=admin_refusals(RecordNotFoundError, WrongStateError, StorageFullError),
     )
     async def delete_upload(upload_id: str) -> Response:
         """Remove an upload; what was registered of it stays."""

@@ -174,6 +174,18 @@ class AliasBody(WireModel):
     expert: ExpertName
 
 
+class ReturnBody(WireModel):
+    """Back to a bundle that served before.
+
+    Attributes:
+        absent: what becomes of experts that serve and came after it: they refuse the return, or are retired.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{}, {"absent": "retire"}]})
+
+    absent: Literal["refuse", "retire"] = "refuse"
+
+
 class BundleBody(WireModel):
     """A new shared expert over all current experts, or a bundle that `twinserve build` made of the same base.
 

@@ -237,17 +237,19 @@ class BundleAnswer(Answer):
     Attributes:
         state: staged: built and not served yet; active: served; superseded; failed.
         rebuilt: the registry made it, so that every replica can fetch it.
+        returnable: it was superseded, and can serve again with what served then.
     """
 
     build_id: str
     name: str
     state: Literal["staged", "active", "superseded", "failed"]
     rebuilt: bool
+    returnable: bool
     created_at: float | None
 
 
 class BundleList(Answer):
-    """All of them, newest first."""
+    """The one that serves, then those that did: first the one that was replaced last."""
 
     object: Literal["list"] = "list"
     data: list[BundleAnswer]

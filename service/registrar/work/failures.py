@@ -30,7 +30,10 @@ def failure_of(job: Job, error: Exception) -> JobFailure:
     if isinstance(error, TwinserveError):
         return JobFailure(error.code, error.message, error.param)
     if is_full(error):
-        full = StorageFullError("The disk has no room for half-made files; make some and retry the job.")
+        full = StorageFullError(
+            "The disk has no room for half-made files; make some, for instance with `twinserve registry gc`, and "
+            "retry the job."
+        )
         return JobFailure(full.code, full.message)
     told = RequestFailedError(
         "A fault while registering; the server's log tells more. Nothing was registered."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experts.errors import StaleRouterError, TransitionError
-from experts.registry.records import Generation, Snapshot, Trial
+from experts.registry.records import EXPERT_REPORT, Generation, Snapshot, Trial
 from experts.registry.work import (
     EXPERT,
     SOURCE,
@@ -91,11 +91,9 @@ class Registering:
 
     def _task(self, snapshot: Snapshot, source: Path | RemoteSource) -> RegisterTask:
         run, asked, options = self._run, self._asked, self._run.options
-        siblings = {
-            name: it.summary
-            for name, it in snapshot.experts.items()
-            if it.summary is not None and name != asked.name
-        }
+        others = {name: it for name, it in snapshot.experts.items() if name != asked.name}
+        siblings = {name: it.summary for name, it in others.items() if it.summary is not None}
+        untold = [name for name, summary in siblings.items() if summary.norm is None]
         return RegisterTask(
             bundle=run.served.bundle.path,
             build_id=snapshot.bundle.build_id,
@@ -110,6 +108,11 @@ class Registering:
                 max_relative_error=options.max_relative_error,
                 max_norm_ratio=options.max_norm_ratio,
                 siblings=siblings,
+                reports={
+                    name: others[name].files[EXPERT_REPORT]
+                    for name in untold
+                    if EXPERT_REPORT in others[name].files
+                },
             ),
             keep=options.keep_sources,
         )

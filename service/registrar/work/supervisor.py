@@ -9,16 +9,17 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from experts.errors import BlobError, CatalogueError, ExpertsError, JobLostError
 from experts.registry.catalogue import Catalogue
-from experts.registry.records import Job, JobFailure
+from experts.registry.records import ENDED, Job, JobFailure
 from experts.registry.work import Scratch, Setup
 from service.errors import RegistrationTimeoutError, TwinserveError
 from service.registrar.calls import Calls
+from service.registrar.lasting import lasting
 from service.registrar.sources import Sources
 from service.registrar.work.failures import failure_of
 from service.registrar.work.gauge import Gauge
@@ -59,6 +60,9 @@ class Supervisor:
         calls: threads for what blocks.
         follow: returns when this replica serves what the catalogue says, or after a while.
         ended: told of every job that ended here.
+
+    Attributes:
+        problem: that a fault keeps jobs from running here for the moment; empty while all is well.
     """
 
     def __init__(
@@ -83,6 +87,8 @@ class Supervisor:
         self._calls = calls
         self._follow = follow
         self._ended = ended
+        self.problem = ""
+        self._refused = ""
         self._woken = asyncio.Event()
         self._workers = Workers(self._setup, warm=options.warm)
         self._backgrounds = Backgrounds(options.folder)
@@ -97,17 +103,31 @@ class Supervisor:
         return self._workers.pid
 
     async def run(self) -> None:
-        """Carry jobs out until cancelled; the one that runs then is given up where it stands."""
+        """Carry jobs out until cancelled; the one that runs then is given up where it stands.
+
+        A fault of ours ends neither this nor the job at hand: it is given back, as one whose process died.
+        """
+        await lasting(self._carry_on, self._recover, what="the registry's supervisor")
+
+    async def _recover(self) -> None:
+        self.problem = (
+            "The registry's supervisor failed by a fault, which the server's log tells; it begins anew."
+        )
+        await self._give_back(self._options.attempts)
+
+    async def _carry_on(self) -> None:
+        """Job after job."""
         opening, scratch = await self._open_scratch()
         ahead = asyncio.create_task(self._prepare())
         try:
             while True:
                 job = await self._claim()
+                if job is not None:
+                    await self._carry_out(job, scratch)
+                    await self._workers.warm_up()
+                self.problem = ""
                 if job is None:
                     await self._rest(self._options.poll_seconds)
-                    continue
-                await self._carry_out(job, scratch)
-                await self._workers.warm_up()
         finally:
             ahead.cancel()
             await asyncio.gather(ahead, return_exceptions=True)
@@ -132,12 +152,27 @@ class Supervisor:
         if not self._live.alive:
             return None
         try:
-            return await self._calls(lambda: self._catalogue.claim(self._replica))
+            job = await self._calls(lambda: self._catalogue.claim(self._replica))
         except CatalogueError as error:
-            _log.warning("the catalogue cannot be asked for jobs: %s", error)
-            # Whether we got one nobody can tell now; once it answers again, we have none.
-            await self._insist(lambda: self._catalogue.requeue(self._replica, self._options.attempts))
+            if str(error) != self._refused:
+                _log.warning("the catalogue cannot be asked for jobs: %s", error)
+            self._refused = str(error)
+            # Whether we got one nobody can tell now; once it answers again, we have none, and began none.
+            await self._give_back(None)
             return None
+        self._refused = ""
+        return job
+
+    async def _give_back(
+        self,
+        attempts: int | None,
+        failure: JobFailure | None = None,
+        report: Mapping[str, object] | None = None,
+    ) -> list[Job]:
+        """Have what this replica claimed begun anew, as `Catalogue.requeue`."""
+        return await self._insist(
+            lambda: self._catalogue.requeue(self._replica, attempts, failure=failure, report=report)
+        )
 
     async def _prepare(self) -> None:
         """What the first registration would have to wait for otherwise."""
@@ -278,12 +313,12 @@ class Supervisor:
             if why == "lost" or isinstance(error, JobLostError):
                 _log.warning("job %s is not ours any more; its attempt %d is dropped", job.id, job.attempt)
                 return None
-            if isinstance(error, WorkerDiedError) and job.attempt < self._options.attempts:
-                _log.warning("job %s: %s; it is begun anew", job.id, error)
-                await self._insist(lambda: self._catalogue.requeue(self._replica, self._options.attempts))
-                return None
             failure = self._failure(attempt, error)
             report = {**attempt.report, "error": {"code": failure.code, "message": failure.message}}
+            if isinstance(error, WorkerDiedError):
+                _log.warning("job %s: %s", job.id, error)
+                given = await self._give_back(self._options.attempts, failure, report)
+                return next((it.state for it in given if it.id == job.id and it.state in ENDED), None)
             await self._insist(lambda: self._catalogue.fail(job.id, job.attempt, failure, report))
         except ExpertsError as refused:
             _log.warning("job %s has ended otherwise: %s", job.id, refused)
@@ -304,7 +339,7 @@ class Supervisor:
             code = "none" if error.code is None else str(error.code)
             return JobFailure(
                 "request_failed",
-                f"The process that computed {what} died {job.attempt} time(s), last in stage "
+                f"The process that computed {what} died {self._options.attempts} time(s), last in stage "
                 f"{attempt.gauge.stage!r} with exit code {code}; the server's log tells more. Is there memory "
                 "enough? Nothing was registered.",
             )

@@ -125,10 +125,12 @@ def test_linear_merges_of_loras_stay_products_and_equal_the_dense_merge(
             if not parts:
                 assert delta is None
                 continue
-            assert isinstance(delta, LowRank)
-            assert delta.rank == 2 * len(parts)
+            assert delta is not None
+            if 2 * len(parts) < min(delta.shape):
+                assert isinstance(delta, LowRank)
+                assert delta.rank == 2 * len(parts)
             torch.testing.assert_close(
-                delta.dense(),
+                dense(delta),
                 weight * torch.stack([dense(part) for part in parts]).sum(0),
                 atol=1e-5,
                 rtol=1e-4,

@@ -1,7 +1,7 @@
 """One decoder layer in plain torch, token by token where tokens differ: what the kernels must compute."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -57,8 +57,16 @@ class Layer:
     epsilon: float = 1e-5
     scale: float = 0.3
 
+    def double(self) -> "Layer":
+        """The same in float64."""
+        parts = {
+            name: {key: tensor.double() for key, tensor in getattr(self, name).items()}
+            for name in ("weights", "biases", "scales")
+        }
+        return replace(self, **parts, cosine=self.cosine.double(), sine=self.sine.double())
+
     def run(self, hidden: Tensor, experts: Sequence[Expert], gates: Sequence[Mapping[int, float]]) -> Tensor:
-        """One whole sequence (tokens, hidden) float32 with each token's own gates → (tokens, hidden)."""
+        """One whole sequence (tokens, hidden), float32 or as `double`, with each token's own gates → its like."""
         shape, tokens = self.shape, hidden.shape[0]
         normed = self._norm("input", hidden, experts, gates)
         query, key, value = (self._linear(name, normed, experts, gates) for name in ("q", "k", "v"))
@@ -88,7 +96,7 @@ class Layer:
             for index, gate in mix.items():
                 if name in experts[index].factors:
                     a, b = experts[index].factors[name]
-                    y[token] += gate * ((x[token] @ a.float().t()) @ b.float())
+                    y[token] += gate * ((x[token] @ a.to(x.dtype).t()) @ b.to(x.dtype))
                 if name in experts[index].biases:
                     y[token] += gate * experts[index].biases[name]
         return y

@@ -1,6 +1,7 @@
 """The compiled layer against plain torch: every head count, rank, window and token count, whatever the mix."""
 
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -118,6 +119,10 @@ def _compare(
     wanted = [
         layer.run(hidden, experts, [mix] * hidden.shape[0]) for hidden, mix in zip(inputs, mixes, strict=True)
     ]
+    slack = [
+        _rounding(layer, hidden, experts, mix, whole) if dtype is torch.float32 else 0.0
+        for hidden, mix, whole in zip(inputs, mixes, wanted, strict=True)
+    ]
     got: list[list[Tensor]] = [[] for _ in lengths]
     done = [0] * len(lengths)
     while any(at < length for at, length in zip(done, lengths, strict=True)):
@@ -135,14 +140,20 @@ def _compare(
         outputs = compiled.step(decode, chunks, [inputs[0]], [*(mixes[i] for i in order), mixes[0]])
         for i, output in zip(order, outputs, strict=False):
             got[i].append(output)
-        _close(outputs[-1], wanted[0], dtype)
-    for pieces, whole in zip(got, wanted, strict=True):
-        _close(torch.cat(pieces), whole, dtype)
+        _close(outputs[-1], wanted[0], dtype, slack[0])
+    for pieces, whole, rounding in zip(got, wanted, slack, strict=True):
+        _close(torch.cat(pieces), whole, dtype, rounding)
 
 
-def _close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+def _rounding(layer: Layer, hidden: Tensor, experts: Sequence[Expert], mix, wanted: Tensor) -> float:
+    """How far float32 alone may be from the truth: much where a norm divides by next to nothing."""
+    truth = layer.double().run(hidden.double(), experts, [mix] * hidden.shape[0])
+    return 4 * float((truth - wanted).abs().max())
+
+
+def _close(got: Tensor, wanted: Tensor, dtype: torch.dtype, rounding: float = 0.0) -> None:
     if dtype is torch.float32:
-        torch.testing.assert_close(got, wanted, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(got, wanted, atol=2e-4 + rounding, rtol=2e-4)
     else:
         assert float((got - wanted).norm() / wanted.norm()) < 0.03
 
@@ -162,6 +173,15 @@ def test_more_tokens_and_columns_than_a_tile_holds(dtype):
     _compare(
         shape, dtype, lengths=[150, 70], cuts=[130, 66], ranks=[8, 5, 1],
         mixes=[{0: 1.0, 1: 0.5}, {1: -0.5, 2: 1.0}], exact=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [4, 11, 59])
+def test_norms_of_next_to_nothing_are_as_right_as_float32_lets_them_be(seed):
+    """An MLP of one neuron gives rows that are one direction times a number, which may be tiny."""
+    _compare(
+        Shape(heads=3, groups=3, dim=4, rotary=4, hidden=62, width=1, norms=NORMS),
+        torch.float32, lengths=[50, 9], cuts=[7, 9], ranks=[2], mixes=[{0: 1.0}, {}], exact=False, seed=seed,
     )  # fmt: skip
 
 

@@ -143,3 +143,26 @@ def test_one_that_leaves_gives_its_job_back_at_once_whatever_its_attempt(
     asyncio.run(one.leave())
     assert catalogue.job(job).state == "queued"
     assert catalogue.replicas() == []
+
+
+def test_leaving_uses_up_none_of_a_jobs_attempts(catalogue: Catalogue, calls: Calls) -> None:
+    clock = Clock()
+    watcher = heartbeat("watcher", catalogue, calls, clock, attempts=2)
+    job = job_of(catalogue, "first")
+    for name, later in (("first", "second"), ("second", "third")):
+        asyncio.run(heartbeat(name, catalogue, calls, clock, attempts=2).leave())
+        assert catalogue.job(job).state == "queued"
+        assert catalogue.claim(later) is not None
+    asyncio.run(watcher.beat())
+    clock.now += 6
+    asyncio.run(watcher.beat())
+    again = catalogue.claim("fourth")
+    assert again is not None
+    assert (again.id, again.attempt) == (job, 4)
+    asyncio.run(watcher.beat())
+    clock.now += 6
+    asyncio.run(watcher.beat())
+    ended = catalogue.job(job)
+    assert ended.state == "failed"
+    assert ended.failure is not None
+    assert "died, 2 times in all" in ended.failure.message

@@ -19,38 +19,47 @@ def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
     opened.close()
 
 
-def changes(catalogue: Catalogue) -> ExpertChanges:
+def serve(catalogue: Catalogue, how: str, number: int, expected: int | None = None) -> int | None:
+    """Switch `a` by a change of the catalogue; the router that went live with it."""
     parts: dict[str, Any] = dict.fromkeys(("blobs", "live", "follower", "sources", "calls", "sink", "wake"))
-    return ExpertChanges(catalogue, **parts, limit=8, keep_generations=2, replica="here", writable=True)
+    changes = ExpertChanges(catalogue, **parts, limit=8, keep_generations=2, replica="here", writable=True)
+    return changes._serve(getattr(catalogue, how), catalogue.generation("a", number), ADMIN, expected)
 
 
-def test_a_generation_goes_back_with_the_router_of_its_time(catalogue: Catalogue) -> None:
-    register(catalogue, "a")
-    assert changes(catalogue)._activate(catalogue.generation("a", 3), ADMIN, None) == 2
+def live(catalogue: Catalogue) -> tuple[int, dict[str, int]]:
+    """The generation of `a` that serves, and whose profiles the router has."""
     snapshot = catalogue.snapshot()
     assert snapshot is not None
     assert snapshot.router is not None
-    assert (snapshot.experts["a"].number, snapshot.router.number) == (3, 2)
+    return snapshot.experts["a"].number, dict(snapshot.router.profiles)
 
 
+both = pytest.mark.parametrize("how", ["activate", "pin"])
+
+
+@both
+def test_a_generation_goes_back_with_the_router_of_its_time(catalogue: Catalogue, how: str) -> None:
+    register(catalogue, "a")
+    assert serve(catalogue, how, 3) == 2
+    assert live(catalogue) == (3, {"a": 3, "b": 1})
+
+
+@both
 def test_a_router_that_goes_live_in_between_does_not_refuse_a_rollback(
-    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     register(catalogue, "a")
-    activate, met = catalogue.activate, []
+    change, met = getattr(catalogue, how), []
 
     def raced(*arguments: Any, **options: Any) -> Any:
         if not met:
             met.append(register(catalogue, "c"))
-        return activate(*arguments, **options)
+        return change(*arguments, **options)
 
-    monkeypatch.setattr(catalogue, "activate", raced)
+    monkeypatch.setattr(catalogue, how, raced)
     # No router knows `c` and the older generation of `a` together.
-    assert changes(catalogue)._activate(catalogue.generation("a", 3), ADMIN, 4) is None
-    snapshot = catalogue.snapshot()
-    assert snapshot is not None
-    assert snapshot.router is not None
-    assert (snapshot.experts["a"].number, dict(snapshot.router.profiles)) == (3, {"a": 4, "b": 1, "c": 1})
+    assert serve(catalogue, how, 3, 4) is None
+    assert live(catalogue) == (3, {"a": 4, "b": 1, "c": 1})
 
 
 def test_a_router_that_was_given_up_does_not_refuse_a_rollback(catalogue: Catalogue) -> None:
@@ -58,7 +67,15 @@ def test_a_router_that_was_given_up_does_not_refuse_a_rollback(catalogue: Catalo
     catalogue.set_state("b", "retired", ADMIN)
     assert [(it.name, it.number) for it in catalogue.collect(catalogue.collectable(5), ADMIN)] == [("b", 1)]
     assert not catalogue.router(2).files
-    assert changes(catalogue)._activate(catalogue.generation("a", 3), ADMIN, 4) is None
-    snapshot = catalogue.snapshot()
-    assert snapshot is not None
-    assert snapshot.experts["a"].number == 3
+    assert serve(catalogue, "activate", 3, 4) is None
+    assert live(catalogue)[0] == 3
+
+
+def test_another_generation_is_pinned_with_its_router_in_one_change(catalogue: Catalogue) -> None:
+    register(catalogue, "a")
+    revision = catalogue.revision()
+    assert serve(catalogue, "pin", 3, 4) == 2
+    assert catalogue.revision() == revision + 1
+    assert catalogue.expert("a").pinned
+    [entry, *_] = catalogue.audit(limit=1)
+    assert (entry.action, entry.detail) == ("pin", {"from": 4, "to": 3, "router": 2})

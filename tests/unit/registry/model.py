@@ -51,6 +51,7 @@ class ModelJob:
     expected: int | None
     state: str = "queued"
     attempt: int = 0
+    deaths: int = 0
     owner: str | None = None
     cancelling: bool = False
 
@@ -231,17 +232,18 @@ class Model:
             raise TransitionError
         return self.submit(job.name, job.replace, job.expected, limit=None)
 
-    def requeue(self, owner: str, attempts: int) -> None:
+    def requeue(self, owner: str, attempts: int | None) -> None:
         job = self.running()
         if job is None or job.owner != owner:
             return
         with self.change():
             if job.cancelling:
                 self.end(job, "cancelled")
-            elif job.attempt >= attempts:
+            elif attempts is not None and job.deaths + 1 >= attempts:
                 self.end(job, "failed")
             else:
                 job.state, job.owner = "queued", None
+                job.deaths += attempts is not None
 
     # -- experts --------------------------------------------------------------------------------------
 
@@ -251,28 +253,32 @@ class Model:
         if expert.trial is not None and expert.trial.generation == number:
             expert.trial = None
 
-    def activate(self, name: str, number: int, expected: int | None, router: int | None) -> None:
-        expert = self.known(name)
-        self.current(expert, expected)
-        self.usable(expert, number)
+    def may_serve(self, name: str, number: int, router: int | None) -> None:
+        self.usable(self.experts[name], number)
         if name in self.aliases:
             raise DuplicateExpertError
         if router is not None and self.usable_router(router) != {**self.routers[self.router], name: number}:
             raise StaleRouterError
+
+    def activate(self, name: str, number: int, expected: int | None, router: int | None) -> None:
+        expert = self.known(name)
+        self.current(expert, expected)
+        self.may_serve(name, number, router)
         with self.change():
             self.router = self.router if router is None else router
             if expert.state == "retired":
                 expert.state, expert.pinned = "active", False
             self.go_live(expert, number)
 
-    def pin(self, name: str, number: int | None, expected: int | None) -> None:
+    def pin(self, name: str, number: int | None, expected: int | None, router: int | None) -> None:
         expert = self.served(name)
         self.current(expert, expected)
         if number is not None:
-            self.usable(expert, number)
+            self.may_serve(name, number, router)
         with self.change():
             expert.pinned = number is not None
             if number is not None:
+                self.router = self.router if router is None else router
                 self.go_live(expert, number)
 
     def set_state(self, name: str, state: str, expected: int | None) -> None:
@@ -356,3 +362,26 @@ class Model:
         self.given_up |= useless
         if chosen or useless:
             self.revision += 1
+
+    def prune(self) -> set[tuple[str, int]]:
+        """All of it is old; the generations that go."""
+        ended = [job for job in self.jobs if job.state not in OPEN]
+        coming = {job.name for job in self.jobs if job.state in OPEN}
+        told = [profiles for number, profiles in self.routers.items() if number not in self.given_up]
+        gone = set()
+        for name, expert in self.experts.items():
+            once = [n for n, state in expert.generations.items() if state in ("ready", "collected")]
+            kept = {expert.live, max(once, default=None), *(profiles.get(name) for profiles in told)}
+            for number, state in expert.generations.items():
+                if state in ("failed", "collected") and number not in kept and name not in coming:
+                    gone.add((name, number))
+        useless = self.given_up - {max(self.routers)}
+        if ended or gone or useless:
+            self.revision += 1
+        self.jobs = [job for job in self.jobs if job not in ended]
+        for name, number in gone:
+            del self.experts[name].generations[number]
+        for number in useless:
+            del self.routers[number]
+        self.given_up -= useless
+        return gone

@@ -17,7 +17,7 @@ from experts.errors import (
     TransitionError,
     UnknownExpertError,
 )
-from experts.registry.catalogue import Catalogue
+from experts.registry.catalogue import Absent, Catalogue
 from experts.registry.records import (
     Actor,
     BundleRecord,
@@ -639,6 +639,97 @@ def test_experts_that_a_bundle_lacks_are_retired_where_that_is_wanted(catalogue:
     assert catalogue.expert("a").state == "retired"
 
 
+def rebuilt(catalogue: Catalogue, build: str, *names: str, absent: Absent = "refuse") -> None:
+    """Switch to another bundle with experts of these names and a router over them."""
+    job = catalogue.submit("rebuild", {}, ADMIN, limit=9)
+    claimed = catalogue.claim("replica")
+    assert claimed is not None
+    made = [generation(name, 1, build) for name in names]
+    known = router(dict.fromkeys(names, 1), build)
+    catalogue.switch_bundle(
+        job.id, claimed.attempt, BundleRecord(build, "family", "{}"), made, known, absent=absent
+    )
+
+
+def state_of(catalogue: Catalogue) -> tuple[str, dict[str, int], dict[str, int]]:
+    shot = served(catalogue)
+    assert shot.router is not None
+    return shot.bundle.build_id, live(catalogue), dict(shot.router.profiles)
+
+
+def test_a_bundle_that_was_replaced_serves_again_with_what_served_then_and_back(catalogue: Catalogue) -> None:
+    first = served(catalogue).bundle.build_id
+    register(catalogue, "a")
+    catalogue.activate("a", 3, ADMIN, router=2)
+    catalogue.set_state("b", "disabled", ADMIN)
+    before = state_of(catalogue)
+    rebuilt(catalogue, "build-2", "a")
+    after = state_of(catalogue)
+    assert [(it.build_id, it.left is not None) for it in catalogue.bundles()] == [
+        ("build-2", False),
+        (first, True),
+    ]
+    back = catalogue.return_to(first, ADMIN)
+    assert (back.build_id, back.state, back.left) == (first, "active", None)
+    assert state_of(catalogue) == before
+    assert catalogue.set_state("b", "active", ADMIN).generation == 1
+    revision = catalogue.revision()
+    assert catalogue.return_to(first, ADMIN) == back
+    assert catalogue.revision() == revision
+    catalogue.set_state("b", "disabled", ADMIN)
+    catalogue.return_to("build-2", ADMIN)
+    assert state_of(catalogue) == after
+    assert catalogue.expert("b").state == "disabled"
+    [entry, *_] = catalogue.audit(limit=1)
+    assert (entry.action, entry.target, entry.detail["experts"]) == ("return", "build-2", {"a": 5})
+
+
+def test_experts_that_came_after_a_bundle_refuse_its_return_or_come_back_with_theirs(
+    catalogue: Catalogue,
+) -> None:
+    first = served(catalogue).bundle.build_id
+    rebuilt(catalogue, "build-2", "a", "b", "c")
+    catalogue.set_alias("see", "c", ADMIN)
+    with pytest.raises(TransitionError, match="'c' serves"):
+        catalogue.return_to(first, ADMIN)
+    assert served(catalogue).bundle.build_id == "build-2"
+    catalogue.return_to(first, ADMIN, absent="retire")
+    assert live(catalogue) == {"a": 3, "b": 1}
+    assert (catalogue.expert("c").state, catalogue.aliases()) == ("retired", {})
+    catalogue.set_state("b", "retired", ADMIN)
+    catalogue.return_to("build-2", ADMIN)
+    assert live(catalogue) == {"a": 4, "c": 1}
+
+
+def test_what_is_unknown_or_never_served_cannot_be_returned_to(catalogue: Catalogue) -> None:
+    for name in ("nothing", "x\0y", ""):
+        with pytest.raises(RecordNotFoundError, match="no bundle"):
+            catalogue.return_to(name, ADMIN)
+
+
+def test_collection_keeps_the_way_back_to_the_bundle_that_was_replaced_last(catalogue: Catalogue) -> None:
+    first = served(catalogue).bundle.build_id
+    register(catalogue, "a")
+    rebuilt(catalogue, "build-2", "a", "b")
+    assert catalogue.collect(catalogue.collectable(2), ADMIN, 2)
+    assert state_of(catalogue)[0] == "build-2"
+    catalogue.return_to(first, ADMIN)
+    assert live(catalogue) == {"a": 4, "b": 1}
+    catalogue.return_to("build-2", ADMIN)
+    rebuilt(catalogue, "build-3", "a", "b")
+    gone = catalogue.collect(catalogue.collectable(2), ADMIN, 2)
+    assert {(it.name, it.number) for it in gone} == {("a", 4), ("b", 1)}
+    assert [it.left is not None for it in catalogue.bundles()] == [False, True, False]
+    with pytest.raises(TransitionError, match="given up"):
+        catalogue.return_to(first, ADMIN)
+    # Whoever keeps one generation alone wants no way back.
+    assert {(it.name, it.number) for it in catalogue.collectable(1)} == {("a", 5), ("b", 2)}
+    catalogue.collect(catalogue.collectable(1), ADMIN, 1)
+    with pytest.raises(TransitionError, match="given up"):
+        catalogue.return_to("build-2", ADMIN)
+    assert live(catalogue) == {"a": 6, "b": 3}
+
+
 def test_a_watcher_hears_of_every_change_soon(catalogue: Catalogue) -> None:
     stop, heard = threading.Event(), threading.Condition()
     seen: list[int] = []
@@ -663,3 +754,68 @@ def test_a_watcher_hears_of_every_change_soon(catalogue: Catalogue) -> None:
         watcher.join(10)
     assert not watcher.is_alive()
     assert seen == sorted(set(seen))
+
+
+def test_a_pin_takes_a_router_along_or_changes_nothing(catalogue: Catalogue) -> None:
+    register(catalogue, "a")
+    register(catalogue, "b")
+    before = state_of(catalogue)
+    with pytest.raises(StaleRouterError):
+        catalogue.pin("a", 3, ADMIN, router=2)
+    with pytest.raises(RecordNotFoundError):
+        catalogue.pin("a", 3, ADMIN, router=9)
+    assert (state_of(catalogue), catalogue.expert("a").pinned) == (before, False)
+    catalogue.activate("b", 1, ADMIN, router=3)
+    assert catalogue.pin("a", 3, ADMIN, expected=4, router=2).pinned
+    assert live(catalogue) == {"a": 3, "b": 1}
+    assert state_of(catalogue)[2] == {"a": 3, "b": 1}
+
+
+def test_an_experts_name_that_is_an_alias_by_now_is_not_pinned(catalogue: Catalogue) -> None:
+    register(catalogue, "new", activate=False)
+    catalogue.set_alias("new", "a", ADMIN)
+    with pytest.raises(DuplicateExpertError):
+        catalogue.pin("new", 1, ADMIN)
+    assert "new" not in live(catalogue)
+
+
+def test_the_router_with_a_generation_is_the_newest_that_knows_the_others_as_they_are(
+    catalogue: Catalogue,
+) -> None:
+    assert catalogue.router_with("a", 3) == 2
+    register(catalogue, "a")
+    assert (catalogue.router_with("a", 3), catalogue.router_with("a", 4)) == (2, 3)
+    register(catalogue, "b", activate=False)
+    assert catalogue.router_with("b", 2) == 4
+    job = catalogue.submit("reprofile", {}, ADMIN, name="a", replace=True, limit=9)
+    claimed = catalogue.claim("replica")
+    assert claimed is not None
+    catalogue.publish(job.id, claimed.attempt, None, router({"a": 4, "b": 1}), 3)
+    assert catalogue.router_with("a", 4) == 5
+    assert catalogue.router_with("a", 3) == 2
+    register(catalogue, "b")
+    assert catalogue.router_with("a", 3) is None
+    for name, number in (("a", 9), ("a", -1), ("a", 2**70), ("c", 1), ('x"y', 1), ("x\0y", 1)):
+        assert catalogue.router_with(name, number) is None
+
+
+def test_without_a_router_there_is_none_for_any_generation(catalogue_url: str) -> None:
+    bare = Catalogue.open(catalogue_url)
+    assert bare.router_with("a", 1) is None
+    adopt(bare, routed=False)
+    assert bare.router_with("a", 3) is None
+    bare.close()
+
+
+def test_a_job_that_is_given_back_in_good_order_loses_none_of_its_attempts(catalogue: Catalogue) -> None:
+    job = submit(catalogue, "new")
+    for attempt, attempts in enumerate((None, 2, None, None), 1):
+        claimed = catalogue.claim("here")
+        assert claimed is not None
+        assert claimed.attempt == attempt
+        assert [it.state for it in catalogue.requeue("here", attempts)] == ["queued"]
+    assert catalogue.claim("here").attempt == 5  # type: ignore[union-attr]
+    told = JobFailure("request_failed", "its process died")
+    [ended] = catalogue.requeue("here", 2, failure=told, report={"rank": 4})
+    assert (ended.id, ended.state, ended.failure) == (job.id, "failed", told)
+    assert catalogue.generation("new", 1).report == {"rank": 4}

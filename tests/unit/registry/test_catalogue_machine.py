@@ -1,6 +1,7 @@
 """Any changes in any order, by two servers in turn: the catalogue does what a few dictionaries do."""
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
@@ -25,6 +26,7 @@ from experts.registry.records import JobFailure, Progress, Replica, Trial
 from tests.unit.registry.catalogue import ADMIN, BUILD, adopt, generation, router, submit
 from tests.unit.registry.model import LIMIT, Model, ModelJob
 
+ROUTED = st.sampled_from(["keep", "fitting", "any"])
 NAMES = st.sampled_from(["a", "b", "c", "gone"])
 ALIASES = st.sampled_from(["x", "a", "c", "family"])
 OWNERS = st.sampled_from(["one", "two"])
@@ -223,8 +225,8 @@ class Machine(RuleBasedStateMachine):
         job = self.job(pick)
         self.told(self.both(lambda c: c.retry(job.id, ADMIN), lambda: self.model.retry(job)))
 
-    @rule(owner=OWNERS, attempts=st.integers(1, 3))
-    def requeue(self, owner: str, attempts: int) -> None:
+    @rule(owner=OWNERS, attempts=st.none() | st.integers(1, 3))
+    def requeue(self, owner: str, attempts: int | None) -> None:
         self.claim(owner)
         self.both(lambda c: c.requeue(owner, attempts), lambda: self.model.requeue(owner, attempts))
 
@@ -235,27 +237,29 @@ class Machine(RuleBasedStateMachine):
         assert job is not None
         assert self.catalogue.progress(job.id, job.attempt, Progress(percent)) is job.cancelling
 
-    @rule(
-        name=NAMES, pick=PICK, how=EXPECTED, routed=st.sampled_from(["keep", "fitting", "any"]), any_=NUMBERS
-    )
+    @rule(name=NAMES, pick=PICK, how=EXPECTED, routed=ROUTED, any_=NUMBERS)
     def activate(self, name: str, pick: int, how: str, routed: str, any_: int) -> None:
         number, expected = self.number(name, pick), self.expected(name, how)
-        wanted = {**self.model.routers[self.model.router], name: number}
-        fitting = [each for each, profiles in self.model.routers.items() if profiles == wanted]
-        chosen = {"keep": None, "fitting": fitting[-1] if fitting else None, "any": any_}[routed]
+        chosen = self.routed(name, number, routed, any_)
         self.both(
             lambda c: c.activate(name, number, ADMIN, expected=expected, router=chosen),
             lambda: self.model.activate(name, number, expected, chosen),
         )
 
-    @rule(name=NAMES, pick=st.none() | PICK, how=EXPECTED)
-    def pin(self, name: str, pick: int | None, how: str) -> None:
+    @rule(name=NAMES, pick=st.none() | PICK, how=EXPECTED, routed=ROUTED, any_=NUMBERS)
+    def pin(self, name: str, pick: int | None, how: str, routed: str = "keep", any_: int = 0) -> None:
         number = None if pick is None else self.number(name, pick)
         expected = self.expected(name, how)
+        chosen = None if number is None else self.routed(name, number, routed, any_)
         self.both(
-            lambda c: c.pin(name, number, ADMIN, expected=expected),
-            lambda: self.model.pin(name, number, expected),
+            lambda c: c.pin(name, number, ADMIN, expected=expected, router=chosen),
+            lambda: self.model.pin(name, number, expected, chosen),
         )
+
+    def routed(self, name: str, number: int, how: str, any_: int) -> int | None:
+        wanted = {**self.model.routers[self.model.router], name: number}
+        fitting = [each for each, profiles in self.model.routers.items() if profiles == wanted]
+        return {"keep": None, "fitting": fitting[-1] if fitting else None, "any": any_}[how]
 
     @rule(name=NAMES, state=st.sampled_from(["active", "disabled", "retired"]), how=EXPECTED)
     def set_state(self, name: str, state: Any, how: str) -> None:
@@ -303,6 +307,17 @@ class Machine(RuleBasedStateMachine):
             self.activate(between[0], between[1], "none", "keep", 1)
         self.catalogue.collect(found, ADMIN)
         self.model.collect({(each.name, each.number) for each in found})
+
+    @rule()
+    def prune(self) -> None:
+        moment = datetime.now(UTC)
+        # The clock counts for nothing unless something was written since.
+        self.catalogue.record(ADMIN, "look", "registry", "refused")
+        jobs, gone = len(self.model.jobs), self.model.prune()
+        pruned = self.catalogue.prune(moment, None, ADMIN)
+        assert (pruned.jobs, pruned.generations) == (jobs - len(self.model.jobs), len(gone))
+        # Neither was lost that serves or could: only what was collected goes.
+        self.acknowledged -= gone
 
     # -- what always holds ------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from experts.bundle_manifest import ExpertSummary
 from experts.compression import CompressedExpert, CompressionSpec, compress
 from experts.errors import CheckpointError, CompressionError, MismatchError
 from experts.factors import SvdFactors
-from experts.registry.checks import check_expert_candidate, require_finite_files
+from experts.registry.checks import check_expert_candidate, norm_told, require_finite_files
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -55,6 +55,16 @@ def test_what_was_measured_is_told() -> None:
     assert report["siblings_norm"] == 20.0
     assert report["norm_ratio"] == pytest.approx(report["norm"] / 20)
     assert report["max_rank"] == 16
+
+
+def test_an_experts_own_report_tells_its_norm(tmp_path: Path) -> None:
+    compressed = candidate()
+    report = tmp_path / "expert.json"
+    assert norm_told(report) is None
+    report.write_text(compressed.report.model_dump_json())
+    assert norm_told(report) == pytest.approx(compressed.report.norm)
+    report.write_text(report.read_text()[:-2])
+    assert norm_told(report) is None
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4, 0.0])
