@@ -78,7 +78,13 @@ def _swapped(server: Server, found: Swapped) -> list[list[float]]:
                     raise RuntimeError(f"{other['build_id']} does not serve")
                 time.sleep(0.05)
             found.seconds.append(time.monotonic() - began)
-            return streaming.result()
+            swapped = time.perf_counter()
+            arrivals = streaming.result()
+            if swapped > min(times[-1] for times in arrivals):
+                raise RuntimeError(
+                    "the streams ended before the other bundle had taken over; make them longer"
+                )
+            return arrivals
         finally:
             done.set()
             asking.result()

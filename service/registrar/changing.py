@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from experts.errors import CatalogueError, ExpertsError
 from experts.registry.blobs import Blobs
 from experts.registry.catalogue import Catalogue
-from experts.registry.records import Actor, Job, JobKind
+from experts.registry.records import Actor, BundleRecord, Job, JobKind
 from service.errors import RegistryUnavailableError
 from service.registrar.calls import Calls
 from service.registrar.follower import Follower
@@ -38,6 +38,7 @@ class Changing:
         sink: counts.
         wake: called when there may be something to do for whoever runs jobs.
         problem: what keeps those from being run here; nothing while all is well.
+        fetch: brings a bundle onto this machine's disk. Blocks; raises BundleError or BlobError if it is nowhere.
         limit: jobs that run or wait.
         keep_generations: newest ones of an expert that garbage collection leaves.
         replica: this process's id.
@@ -59,6 +60,7 @@ class Changing:
         keep_generations: int,
         replica: str,
         writable: bool,
+        fetch: Callable[[BundleRecord], object],
         problem: Callable[[], str] = str,
     ) -> None:
         self.catalogue = catalogue
@@ -73,6 +75,7 @@ class Changing:
         self._keep = keep_generations
         self._replica = replica
         self._writable = writable
+        self._fetch = fetch
         self._problem = problem
 
     async def _submit(

@@ -15,7 +15,7 @@ from experts.errors import BundleError, CatalogueError
 from experts.registry.adopting import adopt, materialise, remove_superseded
 from experts.registry.blobs import Blobs, writable
 from experts.registry.catalogue import Catalogue
-from experts.registry.records import Snapshot
+from experts.registry.records import BundleRecord, Snapshot
 from experts.registry.work import StoreAt
 from service.registrar.family import CatalogueFamily
 from service.settings import Settings
@@ -56,8 +56,12 @@ class Registry:
             BundleError: the bundle is neither the server's own nor in the registry.
             BlobError: it cannot be brought here.
         """
-        bundle = _bundle_of(snapshot, self.own, self.blobs, self.state)
+        bundle = self.bundle_of(snapshot.bundle)
         return CatalogueFamily(bundle, snapshot, self.catalogue, self.blobs)
+
+    def bundle_of(self, record: BundleRecord) -> Bundle:
+        """A bundle on this machine's disk, fetched if need be. Blocks. Raises as `family_of`."""
+        return _bundle_of(record, self.own, self.blobs, self.state)
 
     def close(self) -> None:
         """Close connections; what is temporary goes."""
@@ -154,12 +158,11 @@ def _family(catalogue: Catalogue, blobs: Blobs, own: Bundle, state: Path) -> Cat
         snapshot = catalogue.snapshot()
     if snapshot is None:
         raise CatalogueError("the catalogue took the bundle and does not know it; is its database broken?")
-    return CatalogueFamily(_bundle_of(snapshot, own, blobs, state), snapshot, catalogue, blobs)
+    return CatalogueFamily(_bundle_of(snapshot.bundle, own, blobs, state), snapshot, catalogue, blobs)
 
 
-def _bundle_of(snapshot: Snapshot, own: Bundle, blobs: Blobs, state: Path) -> Bundle:
-    """The snapshot's bundle: the server's own, or one that the registry built."""
-    wanted = snapshot.bundle
+def _bundle_of(wanted: BundleRecord, own: Bundle, blobs: Blobs, state: Path) -> Bundle:
+    """The bundle: the server's own, or one that the registry built."""
     if wanted.build_id == own.manifest.build_id:
         return own
     if not wanted.files:

@@ -7,7 +7,7 @@ from typing import Any
 from experts.registry.catalogue import Absent
 from experts.registry.records import Actor, AuditEntry, BundleRecord, Replica, RouterGeneration
 from experts.registry.verify import Collected, collect_garbage
-from service.errors import RegistryUnavailableError
+from service.errors import InvalidRequestError, RegistryUnavailableError, WrongStateError
 from service.registrar.experts import ExpertChanges
 from service.registrar.family import CatalogueFamily
 from service.registrar.jobs import JobChanges
@@ -64,19 +64,41 @@ class Registrar(ExpertChanges, JobChanges):
 
         Raises:
             RecordNotFoundError: there is no such bundle.
-            WrongStateError: it was given up, or an expert that serves came after it.
+            WrongStateError: it was given up, or is not on this server's disk either; or an expert that serves came
+                after it.
             ConflictError: the name of an expert that comes back is an alias.
             StorageFullError: memory does not hold two bundles.
         """
-        if build_id != self._follower.family.build_id:
-            self._live.check_room()
+        await self._have(build_id)
         absent: Absent = "retire" if retire_absent else "refuse"
-        return await self._change(
+        bundle = await self._change(
             "return",
             build_id,
             actor,
             lambda: self.catalogue.return_to(build_id, actor, absent=absent),
         )
+        # A job that was to fit the router to one of them ended when the bundle was left.
+        snapshot = await self._ask(self.catalogue.snapshot)
+        profiles = {} if snapshot is None or snapshot.router is None else snapshot.router.profiles
+        for name, generation in snapshot.experts.items() if snapshot is not None else ():
+            if profiles.get(name, generation.number) != generation.number:
+                await self._reprofile(generation, actor)
+        return bundle
+
+    async def _have(self, build_id: str) -> None:
+        """Have a bundle here that may be returned to: once the catalogue says so, nobody could start without it."""
+        if build_id == self._follower.family.build_id:
+            return
+        for record in await self._ask(self.catalogue.bundles):
+            if record.build_id == build_id and record.left is not None:
+                self._live.check_room()
+                try:
+                    await self._ask(self._fetch, record)
+                except InvalidRequestError as error:
+                    raise WrongStateError(
+                        f"The bundle {build_id} cannot serve again from here: the registry has no files of it, and "
+                        "this server was started on another folder (TWINSERVE_BUNDLE). Ask a server of that folder."
+                    ) from error
 
     async def routers(self) -> Sequence[RouterGeneration]:
         """Every router generation that was not pruned, newest first."""

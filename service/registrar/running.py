@@ -100,6 +100,7 @@ class RunningRegistry:
             keep_generations=settings.keep_generations,
             replica=self.replica,
             writable=registry.writable,
+            fetch=registry.bundle_of,
             problem=lambda: self._supervisor.problem,
         )
         self._caretaker = Caretaker(

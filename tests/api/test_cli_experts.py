@@ -195,7 +195,7 @@ def test_an_upload_that_was_interrupted_goes_on_where_it_stopped(shell: Shell, t
 
 def test_ctrl_c_asks_the_server_to_cancel_the_job(shell: Shell) -> None:
     tiny_lora(shell.root / "queue", shell.family.base, seed=81)
-    for number in range(8):  # so that the next one waits
+    for number in range(40):  # so that the next one waits
         shell.run("add", f"queued-{number}", "queue", "--server-path", "--detach")
     process = subprocess.Popen(
         [sys.executable, "-m", "service", "experts", "add", "stopped", "queue", "--server-path"],

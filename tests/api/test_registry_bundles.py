@@ -127,6 +127,28 @@ def test_the_bundle_before_serves_again_with_its_generations_and_is_left_again(
         assert admin.get("/experts/colours")["state"] == "active"
 
 
+def test_a_bundle_that_this_server_has_nowhere_is_not_returned_to(
+    family: TinyFamily, other: TinyFamily, options: dict[str, Any]
+) -> None:
+    with serving(family.bundle, **options) as served:
+        admin = Operator(served)
+        first = admin.get("/registry")["build_id"]
+        catalogue = Catalogue.open(f"sqlite:///{options['state_dir'] / 'catalogue.sqlite'}")
+        try:
+            switch(catalogue, options["state_dir"], Bundle.open(other.bundle))
+        finally:
+            catalogue.close()
+        assert eventually(lambda: admin.text(model="alpha")[1] == {"alpha": 2}, 30)
+    with serving(other.bundle, **options) as served:
+        admin = Operator(served)
+        after = admin.text(model="alpha")
+        refused = admin.post(f"/bundles/{first}/activate")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "wrong_state"), refused.text
+        assert "TWINSERVE_BUNDLE" in refused.json()["error"]["message"]
+        assert admin.get("/registry")["problem"] == ""
+        assert admin.text(model="alpha") == after
+
+
 def test_a_bundle_that_cannot_be_had_leaves_the_old_one_serving(
     family: TinyFamily, other: TinyFamily, options: dict[str, Any]
 ) -> None:

@@ -507,7 +507,7 @@ class Faults:
 
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
-    monkeypatch.setattr("service.registrar.work.lasting._FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("service.registrar.lasting._FIRST_PAUSE_SECONDS", 0.01)
     watch, made = Supervisor._watch, Faults()
 
     async def faulty(self: Supervisor, *arguments):

@@ -131,6 +131,7 @@ class Bundles(Concluding):
                 )
             _leave_old(change, before, set(way["experts"]), {}, absent)
             change.build_id = build_id
+            check_free(change, row.name)
             columns = tables.bundles.c
             change.connection.execute(
                 update(tables.bundles)
@@ -185,14 +186,18 @@ def _switch(
         raise TransitionError(f"a job of kind {row.kind!r} cannot switch bundles")
     before = change.served_build()
     known = tables.bundles.c.build_id
-    if change.connection.execute(select(known).where(known == bundle.build_id)).first() is not None:
-        raise TransitionError(
-            f"the bundle {bundle.build_id} is known already; go back to it with "
-            f"POST /admin/bundles/{bundle.build_id}/activate, or build it anew"
+    there = select(tables.bundles).where(known == bundle.build_id)
+    if (same := change.connection.execute(there).one_or_none()) is not None:
+        mend = (
+            f"POST /admin/bundles/{bundle.build_id}/activate goes back to it"
+            if same.way_back
+            else "build it anew"
         )
+        raise TransitionError(f"the bundle {bundle.build_id} was served before; {mend}")
     _leave_old(change, before, {generation.name for generation in experts}, made_from, absent)
     _insert_bundle(change, replace(bundle, state="active"))
     change.build_id = bundle.build_id
+    check_free(change, bundle.name)
     numbers = {}
     for generation in experts:
         check_free(change, generation.name)

@@ -116,6 +116,7 @@ class ExpertChanges(Connected):
                 change.left(name, row.generation)
                 if row.trial is not None:
                     change.left(name, row.trial["generation"])
+                _forget_way_back(change, name)
                 ended = end_jobs_of(change, name, "the expert was retired")
                 detail |= {"aliases": sorted(gone), "jobs": ended}
             change.note(actor, _ACTIONS[state], name, detail)
@@ -200,8 +201,21 @@ def check_current(row: Row[Any], expected: int | None) -> None:
         )
 
 
+def _forget_way_back(change: Change, name: str) -> None:
+    """Whoever goes back to another bundle does not bring a retired expert back, whatever has its name by then."""
+    columns = tables.bundles.c
+    for row in change.connection.execute(select(columns.build_id, columns.way_back)).all():
+        if row.way_back is not None and name in row.way_back["experts"]:
+            experts = {key: number for key, number in row.way_back["experts"].items() if key != name}
+            change.connection.execute(
+                update(tables.bundles)
+                .where(columns.build_id == row.build_id)
+                .values(way_back={**row.way_back, "experts": experts})
+            )
+
+
 def check_free(change: Change, name: str) -> None:
-    """Whether an expert may have this name.
+    """Whether an expert, or the bundle, may have this name.
 
     Raises:
         DuplicateExpertError: it is an alias.

@@ -21,7 +21,9 @@ def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
 
 def serve(catalogue: Catalogue, how: str, number: int, expected: int | None = None) -> int | None:
     """Switch `a` by a change of the catalogue; the router that went live with it."""
-    parts: dict[str, Any] = dict.fromkeys(("blobs", "live", "follower", "sources", "calls", "sink", "wake"))
+    parts: dict[str, Any] = dict.fromkeys(
+        ("blobs", "live", "follower", "sources", "calls", "sink", "wake", "fetch")
+    )
     changes = ExpertChanges(catalogue, **parts, limit=8, keep_generations=2, replica="here", writable=True)
     return changes._serve(getattr(catalogue, how), catalogue.generation("a", number), ADMIN, expected)
 

@@ -701,6 +701,34 @@ def test_experts_that_came_after_a_bundle_refuse_its_return_or_come_back_with_th
     assert live(catalogue) == {"a": 4, "c": 1}
 
 
+def test_an_expert_that_was_retired_since_stays_so_though_its_name_was_given_anew(
+    catalogue: Catalogue,
+) -> None:
+    first = served(catalogue).bundle.build_id
+    rebuilt(catalogue, "build-2", "a", "b")
+    catalogue.set_state("a", "retired", ADMIN)
+    register(catalogue, "a")
+    with pytest.raises(TransitionError, match="'a' serves"):
+        catalogue.return_to(first, ADMIN)
+    catalogue.return_to(first, ADMIN, absent="retire")
+    assert live(catalogue) == {"b": 1}
+    catalogue.return_to("build-2", ADMIN)
+    assert live(catalogue) == {"a": 5, "b": 2}
+
+
+def test_no_alias_may_hide_the_bundle_that_comes_back(catalogue: Catalogue) -> None:
+    first = served(catalogue).bundle.build_id
+    job = catalogue.submit("rebuild", {}, ADMIN, limit=9)
+    catalogue.claim("replica")
+    coming = [generation("a", 1, "build-2"), generation("b", 1, "build-2")]
+    catalogue.switch_bundle(job.id, 1, BundleRecord("build-2", "other", "{}"), coming, None)
+    catalogue.set_alias("family", "a", ADMIN)
+    with pytest.raises(DuplicateExpertError, match="'family' is an alias"):
+        catalogue.return_to(first, ADMIN)
+    catalogue.remove_alias("family", ADMIN)
+    assert catalogue.return_to(first, ADMIN).name == "family"
+
+
 def test_what_is_unknown_or_never_served_cannot_be_returned_to(catalogue: Catalogue) -> None:
     for name in ("nothing", "x\0y", ""):
         with pytest.raises(RecordNotFoundError, match="no bundle"):
