@@ -43,6 +43,15 @@ def switch(catalogue: Catalogue, state: Path, bundle: Bundle) -> None:
     catalogue.switch_bundle(job.id, claimed.attempt, record, bundle_generations(bundle), router, result={})
 
 
+def switch_once(state: Path, bundle: Bundle) -> None:
+    """The same, by a catalogue that is closed again."""
+    catalogue = Catalogue.open(f"sqlite:///{state / 'catalogue.sqlite'}")
+    try:
+        switch(catalogue, state, bundle)
+    finally:
+        catalogue.close()
+
+
 def test_a_new_bundle_takes_over_without_a_lost_request_and_serves_after_a_restart(
     family: TinyFamily, other: TinyFamily, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -96,11 +105,7 @@ def test_the_bundle_before_serves_again_with_its_generations_and_is_left_again(
         admin = Operator(served)
         first = admin.get("/registry")["build_id"]
         before = admin.text(model="alpha")
-        catalogue = Catalogue.open(f"sqlite:///{options['state_dir'] / 'catalogue.sqlite'}")
-        try:
-            switch(catalogue, options["state_dir"], Bundle.open(other.bundle))
-        finally:
-            catalogue.close()
+        switch_once(options["state_dir"], Bundle.open(other.bundle))
         assert eventually(lambda: admin.text(model="alpha")[1] == {"alpha": 2}, 30)
         after = admin.text(model="alpha")
         listed = admin.get("/bundles")["data"]
@@ -133,11 +138,7 @@ def test_a_bundle_that_this_server_has_nowhere_is_not_returned_to(
     with serving(family.bundle, **options) as served:
         admin = Operator(served)
         first = admin.get("/registry")["build_id"]
-        catalogue = Catalogue.open(f"sqlite:///{options['state_dir'] / 'catalogue.sqlite'}")
-        try:
-            switch(catalogue, options["state_dir"], Bundle.open(other.bundle))
-        finally:
-            catalogue.close()
+        switch_once(options["state_dir"], Bundle.open(other.bundle))
         assert eventually(lambda: admin.text(model="alpha")[1] == {"alpha": 2}, 30)
     with serving(other.bundle, **options) as served:
         admin = Operator(served)
