@@ -13,6 +13,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENV_PREFIX = "TWINSERVE_"
 
+_OFTEN_SECONDS = 10.0
+"""A server that took care of its registry more often would do little else."""
+
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+", re.IGNORECASE)
 
 
@@ -151,13 +154,14 @@ class Settings(BaseSettings):
         default=3600.0,
         ge=0,
         allow_inf_nan=False,
-        description="how often a server collects garbage and removes old rows by itself; 0 is never",
+        description="how often a server collects garbage and removes old rows by itself, 10 or more; 0 is never",
     )
     keep_jobs_days: int = Field(
         default=30,
         ge=0,
         le=36500,
-        description="ended jobs, failed generations and those without files stay listed for that; 0 is for ever",
+        description="ended jobs, failed generations and those without files stay listed for that, and retired "
+        "experts can come back; 0 is for ever",
     )
     keep_audit_days: int = Field(
         default=365, ge=0, le=36500, description="lines of the audit log stay for that; 0 is for ever"
@@ -342,6 +346,13 @@ class Settings(BaseSettings):
         for origin in value:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(f"{origin!r} is no origin; write scheme://host[:port] without a path, or *")
+        return value
+
+    @field_validator("collect_seconds")
+    @classmethod
+    def _seldom(cls, value: float) -> float:
+        if 0 < value < _OFTEN_SECONDS:
+            raise ValueError(f"{value:g} s is too often; write {_OFTEN_SECONDS:g} or more, or 0 for never")
         return value
 
     @model_validator(mode="after")

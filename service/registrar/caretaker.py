@@ -24,6 +24,9 @@ _SPREAD = 0.2
 _GRACE_SECONDS = 3600.0
 """Pins guard what is about to be needed. Nobody waits for these blobs to go, so younger ones stay anyway."""
 
+_NEVER = datetime.min.replace(tzinfo=UTC)
+"""Before that nothing was."""
+
 _PAUSE_SECONDS = 0.25
 """Between two transactions that remove rows; others, beats above all, get theirs in."""
 
@@ -37,7 +40,8 @@ class Caretaker:
         sink: counts.
         seconds: between the end of one round and the next one; the first is that far off too.
         keep_generations: newest ones of an expert that collection leaves.
-        keep_jobs_days: how long ended jobs stay, and what else `Catalogue.prune` removes with them; 0 is for ever.
+        keep_jobs_days: how long ended jobs stay, what else `Catalogue.prune` removes with them, and the newest
+            generations of retired experts, which a mistake may have retired; 0 is for ever.
         keep_audit_days: how long lines of the audit log stay; 0 is for ever.
         sleep: waits so many seconds.
         now: the wall clock, with its time zone.
@@ -90,12 +94,14 @@ class Caretaker:
             self._troubled.discard(what)
 
     async def _collect(self) -> None:
+        retired_before = _before(self._now(), self._keep_jobs_days) or _NEVER
         gone = await self._calls(
             lambda: collect_garbage(
                 self._catalogue,
                 self._blobs,
                 self._keep_generations,
                 _SYSTEM,
+                retired_before=retired_before,
                 grace_seconds=_GRACE_SECONDS,
             )
         )

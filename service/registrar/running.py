@@ -62,6 +62,7 @@ class RunningRegistry:
         self._calls = Calls()
         self._url = ""
         self._tasks: list[asyncio.Task[None]] = []
+        self._beating: list[asyncio.Task[None]] = []
         self.replica = f"{socket.gethostname()[:40]}-{secrets.token_hex(6)}"
         lazy = settings.max_experts is not None or settings.max_expert_bytes is not None
         loading = Loading(registry.family, live, self._calls, sink, lazy=lazy)
@@ -131,7 +132,8 @@ class RunningRegistry:
         self._begin(self.follower.run(), "follower")
         if not self._registry.writable:
             return
-        self._begin(lasting(self._heartbeat.run, what="the registry's heartbeat"), "heartbeat")
+        beating = lasting(self._heartbeat.run, what="the registry's heartbeat")
+        self._begin(beating, "heartbeat", self._beating)
         self._begin(self._supervisor.run(), "supervisor")
         self._begin(self._expire(), "uploads")
         if self._settings.collect_seconds:
@@ -139,10 +141,12 @@ class RunningRegistry:
 
     async def stop(self) -> None:
         """End the tasks; a job that runs here goes to another replica, or waits for the next start."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
+        # It beats until the others have ended, which takes a worker seconds: silence is death to its siblings.
+        for tasks in (self._tasks, self._beating):
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            tasks.clear()
         if self._registry.writable:
             try:
                 await asyncio.wait_for(self._heartbeat.leave(), _LEAVE_SECONDS)
@@ -155,10 +159,12 @@ class RunningRegistry:
             calls.close()
         self._registry.close()
 
-    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _begin(
+        self, work: Coroutine[Any, Any, None], name: str, among: list[asyncio.Task[None]] | None = None
+    ) -> None:
         task = asyncio.create_task(work, name=f"registry-{name}")
         task.add_done_callback(_told)
-        self._tasks.append(task)
+        (self._tasks if among is None else among).append(task)
 
     async def _swap(self, snapshot: Snapshot) -> CatalogueFamily:
         family = await self._calls(lambda: self._registry.family_of(snapshot))

@@ -1,8 +1,10 @@
 """Which blobs are needed, and which generations may be given up so that theirs are not."""
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
@@ -11,6 +13,9 @@ from experts.registry.catalogue import tables
 from experts.registry.catalogue.change import Connected
 from experts.registry.catalogue.rows import generation_of
 from experts.registry.records import Actor, Generation
+
+_DISCARD_SECONDS = 1.0
+"""After so long no further blob is deleted in one transaction: a slow store shall not stop all writers."""
 
 
 class Collecting(Connected):
@@ -48,34 +53,64 @@ class Collecting(Connected):
     def discard(self, digests: Iterable[str], delete: Callable[[str], object]) -> list[str]:
         """Delete blobs that nothing needs, while nothing can come to need them; those that were deleted.
 
+        All writers wait meanwhile. So where the store is slow some are left, but one goes if any can: called again
+        with the rest until none went, all of them.
+
         Args:
-            digests: candidates; a few hundred at most, since all writers wait.
+            digests: candidates; a few hundred at most.
             delete: called with each that is not needed.
         """
         with self._change() as change:
             needed = _referenced(change.connection)
-            gone = [digest for digest in digests if digest not in needed]
-            for digest in gone:
+            until = time.monotonic() + _DISCARD_SECONDS
+            gone = []
+            for digest in digests:
+                if digest in needed:
+                    continue
                 delete(digest)
+                gone.append(digest)
+                if time.monotonic() >= until:
+                    break
             return gone
 
-    def collectable(self, keep: int) -> list[Generation]:
+    def collectable(self, keep: int, retired_before: datetime | None = None) -> list[Generation]:
         """Generations that could be given up: ready, not serving, not tried out, and used by no replica.
 
         Of every expert that is not retired the newest `keep` of the served bundle stay, for rollbacks; where that is
         more than one, what served with the bundle before stays too, for a way back.
+
+        Args:
+            keep: how many.
+            retired_before: of experts that were retired later the newest `keep` of each bundle stay, so that they
+                can come back; None: all of retired ones go.
         """
         with self._database.read() as connection:
-            return [generation_of(row) for row in _collectable(connection, keep)]
+            garbage = _Garbage(connection, keep, retired_before)
+            return [generation_of(row) for row in garbage.generations()]
 
-    def collect(self, generations: Sequence[Generation], actor: Actor, keep: int = 0) -> list[Generation]:
+    def collect(
+        self,
+        generations: Sequence[Generation],
+        actor: Actor,
+        keep: int,
+        retired_before: datetime | None = None,
+    ) -> list[Generation]:
         """Give up generations, and routers and bundles that nobody could go back to without them; those that were.
 
-        One that came into use again since it was found collectable, or is one of those to `keep` by now, stays.
+        One that came into use again since it was found collectable, or is one of those to keep by now, stays.
+
+        Args:
+            generations: those that `collectable` found.
+            actor: who asks.
+            keep, retired_before: as it was told.
         """
+        wanted = {(generation.name, generation.number) for generation in generations}
+        with self._database.read() as connection:
+            # Most looks find nothing, and need no lock to see it.
+            if not any(_Garbage(connection, keep, retired_before).of(wanted)):
+                return []
         with self._change() as change:
-            wanted = {(generation.name, generation.number) for generation in generations}
-            rows = [row for row in _collectable(change.connection, keep) if (row.name, row.number) in wanted]
+            rows, routers, bundles = _Garbage(change.connection, keep, retired_before).of(wanted)
             columns = tables.generations.c
             for row in rows:
                 change.connection.execute(
@@ -84,11 +119,9 @@ class Collecting(Connected):
                     .values(state="collected", files={}, origin={}, profile=None, prompts=None)
                 )
                 change.note(actor, "collect", row.name, {"generation": row.number})
-            routers = _useless_routers(change.connection, keep)
             if routers:
                 number = tables.routers.c.number
                 change.connection.execute(update(tables.routers).where(number.in_(routers)).values(files={}))
-            bundles = _useless_bundles(change.connection, keep)
             if bundles:
                 build = tables.bundles.c.build_id
                 given_up: dict[str, Any] = {"files": {}, "way_back": None}
@@ -109,6 +142,7 @@ class _Use:
         builds: bundles that are served anywhere.
         leases: "name@number" of every replica's requests.
         revision: the oldest that a replica serves; None where there is no replica.
+        behind: whether that is not the newest.
     """
 
     experts: Mapping[str, Any]
@@ -117,6 +151,7 @@ class _Use:
     builds: set[str | None]
     leases: set[str]
     revision: int | None
+    behind: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,44 +183,90 @@ def _use(connection: Connection) -> _Use:
     experts = {row.name: row for row in connection.execute(select(tables.experts))}
     replicas = connection.execute(select(tables.replicas)).all()
     routers = {row.trial["router"] for row in experts.values() if row.trial} | {state.router}
+    oldest = min((row.revision for row in replicas), default=None)
     return _Use(
         experts=experts,
         build=state.build_id,
         routers={number for number in routers if number is not None},
         builds={state.build_id} | {row.build_id for row in replicas},
         leases={lease for row in replicas for lease in row.leases},
-        revision=min((row.revision for row in replicas), default=None),
+        revision=oldest,
+        behind=oldest is not None and oldest < state.revision,
     )
 
 
-def _collectable(connection: Connection, keep: int) -> list[Any]:
-    use = _use(connection)
-    columns = tables.generations.c
-    rows = connection.execute(
-        select(tables.generations)
-        .where(columns.state == "ready")
-        .order_by(columns.name, columns.number.desc())
-    ).all()
-    known = _profiles(connection, use.routers)
-    back = _way_back(connection, keep).experts
-    kept: dict[str, int] = defaultdict(int)
-    found = []
-    for row in rows:
-        expert = use.experts[row.name]
-        retired = expert.state == "retired"
-        if row.build_id == use.build and not retired:
-            kept[row.name] += 1
-            if kept[row.name] <= keep:
-                continue
-        tried = expert.trial is not None and expert.trial["generation"] == row.number
-        serves = not retired and (expert.generation == row.number or tried)
-        behind = row.left_at is not None and use.revision is not None and use.revision < row.left_at
-        leased = f"{row.name}@{row.number}" in use.leases
-        profiled = not retired and known.get(row.name) == row.number
-        returns = back.get(row.name) == row.number
-        if not (serves or behind or leased or profiled or returns):
-            found.append(row)
-    return found
+class _Garbage:
+    """What could be given up, as one transaction sees it."""
+
+    def __init__(self, connection: Connection, keep: int, retired_before: datetime | None) -> None:
+        self._connection = connection
+        self._keep = keep
+        self._retired_before = retired_before
+        self._use = _use(connection)
+        self._back = _way_back(connection, keep)
+
+    def of(self, wanted: set[tuple[str, int]]) -> tuple[list[Any], list[int], list[str]]:
+        """Generations that can go, of those only; routers that are useless without them; useless bundles."""
+        rows = [row for row in self.generations() if (row.name, row.number) in wanted]
+        return rows, self._routers({(row.name, row.number) for row in rows}), self._bundles()
+
+    def generations(self) -> list[Any]:
+        """All that can go, by name and the newest first."""
+        use = self._use
+        columns = tables.generations.c
+        rows = self._connection.execute(
+            select(tables.generations)
+            .where(columns.state == "ready")
+            .order_by(columns.name, columns.number.desc())
+        ).all()
+        known = _profiles(self._connection, use.routers)
+        kept: dict[tuple[str, str], int] = defaultdict(int)
+        found = []
+        for row in rows:
+            expert = use.experts[row.name]
+            retired = expert.state == "retired"
+            if self._lately(expert) if retired else row.build_id == use.build:
+                # Each bundle's count by itself: one that was retired by mistake is in no bundle built since.
+                kept[row.name, row.build_id] += 1
+                if kept[row.name, row.build_id] <= self._keep:
+                    continue
+            tried = expert.trial is not None and expert.trial["generation"] == row.number
+            serves = not retired and (expert.generation == row.number or tried)
+            behind = row.left_at is not None and use.revision is not None and use.revision < row.left_at
+            leased = f"{row.name}@{row.number}" in use.leases
+            profiled = not retired and known.get(row.name) == row.number
+            returns = self._back.experts.get(row.name) == row.number
+            if not (serves or behind or leased or profiled or returns):
+                found.append(row)
+        return found
+
+    def _lately(self, expert: Any) -> bool:
+        """Whether a retired expert was retired so late that it may have to come back."""
+        return self._retired_before is not None and expert.updated >= self._retired_before
+
+    def _routers(self, gone: set[tuple[str, int]]) -> list[int]:
+        """Routers with files that neither serve nor could: of another bundle, or of generations given up."""
+        columns = tables.generations.c
+        ready = {
+            (row.name, row.number)
+            for row in self._connection.execute(
+                select(columns.name, columns.number).where(columns.state == "ready")
+            )
+        } - gone
+        found = []
+        for row in self._connection.execute(select(tables.routers)):
+            fits = row.build_id == self._use.build and set(row.profiles.items()) <= ready
+            usable = fits or row.number == self._back.router
+            # A replica that is behind may be about to load it.
+            if row.files and row.number not in self._use.routers and not usable and not self._use.behind:
+                found.append(row.number)
+        return found
+
+    def _bundles(self) -> list[str]:
+        """Superseded ones with files or a way back that nobody serves, nor could go back to."""
+        used = self._use.builds | {self._back.build}
+        rows = self._connection.execute(select(tables.bundles).where(tables.bundles.c.state == "superseded"))
+        return [row.build_id for row in rows if (row.files or row.way_back) and row.build_id not in used]
 
 
 def _profiles(connection: Connection, routers: set[int]) -> dict[str, int]:
@@ -193,33 +274,6 @@ def _profiles(connection: Connection, routers: set[int]) -> dict[str, int]:
     columns = tables.routers.c
     rows = connection.execute(select(columns.profiles).where(columns.number.in_(routers))).scalars()
     return {name: number for profiles in rows for name, number in profiles.items()}
-
-
-def _useless_routers(connection: Connection, keep: int) -> list[int]:
-    """Routers with files that neither serve nor could: of another bundle, or of generations given up."""
-    use, back = _use(connection), _way_back(connection, keep).router
-    columns = tables.generations.c
-    ready = {
-        (row.name, row.number)
-        for row in connection.execute(select(columns.name, columns.number).where(columns.state == "ready"))
-    }
-    behind = (
-        use.revision is not None
-        and use.revision < connection.execute(select(tables.registry.c.revision)).scalar_one()
-    )
-    found = []
-    for row in connection.execute(select(tables.routers)):
-        usable = row.number == back or (row.build_id == use.build and set(row.profiles.items()) <= ready)
-        # A replica that is behind may be about to load it.
-        if row.files and row.number not in use.routers and not usable and not behind:
-            found.append(row.number)
-    return found
-
-
-def _useless_bundles(connection: Connection, keep: int) -> list[str]:
-    used = _use(connection).builds | {_way_back(connection, keep).build}
-    rows = connection.execute(select(tables.bundles).where(tables.bundles.c.state == "superseded"))
-    return [row.build_id for row in rows if (row.files or row.way_back) and row.build_id not in used]
 
 
 def _referenced(connection: Connection) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 
 from experts.registry.blobs import Blobs, Stored
@@ -12,6 +13,9 @@ from experts.registry.verify.needs import read_needs
 
 _TOGETHER = 16
 """Blobs deleted in one transaction, for which all other changes wait."""
+
+_PAUSE_SECONDS = 0.25
+"""After one that did not get to all of them: the store is slow, and whoever waits for the lock gets it first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ def collect_garbage(
     keep: int,
     actor: Actor,
     *,
+    retired_before: datetime | None = None,
     grace_seconds: float = 0.0,
     dry_run: bool = False,
 ) -> Collected:
@@ -43,17 +48,19 @@ def collect_garbage(
     about to need is pinned before it is put, and no pin can come while blobs are deleted.
 
     Args:
+        retired_before: of experts that were retired later the newest `keep` stay too; None: of no retired one.
         grace_seconds: how long ago blobs must have been stored, by the store's clock.
         dry_run: only tell; of blobs of any age.
 
     Raises:
         CatalogueError, BlobError: either cannot be used.
     """
-    old = catalogue.collectable(keep)
+    old = catalogue.collectable(keep, retired_before)
     if dry_run:
         gone = list(_would_go(catalogue, blobs, old))
     else:
-        old = catalogue.collect(old, actor, keep) if old else []
+        # Where no generation goes, routers and bundles may have become useless all the same.
+        old = catalogue.collect(old, actor, keep, retired_before)
         gone = list(unneeded(catalogue, blobs, grace_seconds, delete=True))
         with blobs.sweeping():
             for name in blobs.leftovers():
@@ -87,5 +94,8 @@ def unneeded(
         if blob.sha256 not in needed and (not grace_seconds or blob.modified <= oldest)
     )
     while some := {blob.sha256: blob for blob in islice(candidates, _TOGETHER)}:
-        gone = catalogue.discard(some, blobs.delete) if delete else list(some)
-        yield from (some[digest] for digest in gone)
+        while gone := catalogue.discard(some, blobs.delete) if delete else list(some):
+            yield from (some.pop(digest) for digest in gone)
+            if not some:
+                break
+            time.sleep(_PAUSE_SECONDS)

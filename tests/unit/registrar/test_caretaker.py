@@ -95,7 +95,12 @@ class Fixture:
         """Let all that was done so far lie further back."""
         engine = create_engine(self.url)
         with engine.begin() as connection:
-            for column in (tables.jobs.c.ended, tables.generations.c.created, tables.audit.c.at):
+            for column in (
+                tables.jobs.c.ended,
+                tables.generations.c.created,
+                tables.experts.c.updated,
+                tables.audit.c.at,
+            ):
                 for moment in connection.execute(select(column).distinct()).scalars().all():
                     if moment is not None:
                         connection.execute(
@@ -187,6 +192,26 @@ def test_old_generations_and_unneeded_blobs_go_and_are_counted(registry: Fixture
     registry.run(act)
     assert [blob.sha256 for blob in registry.blobs.list()] == [young.sha256]
     assert (registry.counted("generations"), registry.counted("blobs")) == (2, 1)
+
+
+@pytest.mark.parametrize(("days", "age", "left"), [(30, 29, [6, 5]), (30, 31, []), (0, 10_000, [6, 5])])
+def test_an_expert_that_was_retired_by_mistake_can_come_back_for_as_long_as_jobs_are_listed(
+    registry: Fixture, days: int, age: int, left: list[int]
+) -> None:
+    for _ in range(3):
+        register(registry.catalogue, "a")
+    registry.catalogue.set_state("a", "retired", Actor("hasty"))
+    registry.age(timedelta(days=age))
+    submit(registry.catalogue, "b")
+
+    async def act(sleep: Sleep) -> None:
+        await sleep.round()
+
+    registry.run(act, jobs_days=days)
+    assert [it.number for it in registry.catalogue.generations("a") if it.state == "ready"] == left
+    if left:
+        registry.catalogue.activate("a", 6, Actor("calm"))
+        assert registry.catalogue.expert("a").state == "active"
 
 
 def test_rows_go_when_they_are_older_than_the_settings_say(

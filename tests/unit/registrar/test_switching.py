@@ -67,7 +67,8 @@ def test_a_router_that_goes_live_in_between_does_not_refuse_a_rollback(
 def test_a_router_that_was_given_up_does_not_refuse_a_rollback(catalogue: Catalogue) -> None:
     register(catalogue, "a")
     catalogue.set_state("b", "retired", ADMIN)
-    assert [(it.name, it.number) for it in catalogue.collect(catalogue.collectable(5), ADMIN)] == [("b", 1)]
+    gone = catalogue.collect(catalogue.collectable(5), ADMIN, 5)
+    assert [(it.name, it.number) for it in gone] == [("b", 1)]
     assert not catalogue.router(2).files
     assert serve(catalogue, "activate", 3, 4) is None
     assert live(catalogue)[0] == 3

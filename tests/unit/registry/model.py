@@ -332,7 +332,7 @@ class Model:
 
     # -- garbage --------------------------------------------------------------------------------------
 
-    def collectable(self, keep: int) -> set[tuple[str, int]]:
+    def collectable(self, keep: int, retired_stay: bool = False) -> set[tuple[str, int]]:
         """Without regard to replicas that are behind: the machine's replicas are up to date."""
         trials = {each.trial.router for each in self.experts.values() if each.trial and each.trial.router}
         known = {self.router, *trials}
@@ -340,7 +340,7 @@ class Model:
         for name, expert in self.experts.items():
             ready = sorted((n for n, state in expert.generations.items() if state == "ready"), reverse=True)
             gone = expert.state == "retired"
-            for number in ready if gone else ready[keep:]:
+            for number in ready if gone and not retired_stay else ready[keep:]:
                 tried = expert.trial is not None and expert.trial.generation == number
                 profiled = any(self.routers[each].get(name) == number for each in known)
                 serves = not gone and (expert.live == number or tried or profiled)
@@ -348,8 +348,8 @@ class Model:
                     found.add((name, number))
         return found
 
-    def collect(self, chosen: set[tuple[str, int]]) -> None:
-        chosen &= self.collectable(0)
+    def collect(self, chosen: set[tuple[str, int]], keep: int, retired_stay: bool) -> None:
+        chosen &= self.collectable(keep, retired_stay)
         for name, number in chosen:
             self.experts[name].generations[number] = "collected"
         trials = {each.trial.router for each in self.experts.values() if each.trial}

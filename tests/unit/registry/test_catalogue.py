@@ -2,6 +2,7 @@
 
 import math
 import threading
+from datetime import UTC, datetime
 
 import pytest
 
@@ -17,7 +18,7 @@ from experts.errors import (
     TransitionError,
     UnknownExpertError,
 )
-from experts.registry.catalogue import Absent, Catalogue
+from experts.registry.catalogue import Absent, Catalogue, collecting
 from experts.registry.records import (
     Actor,
     BundleRecord,
@@ -564,7 +565,7 @@ def test_what_came_into_use_again_is_not_collected(catalogue: Catalogue) -> None
     found = catalogue.collectable(0)
     assert [each.number for each in found] == [3]
     catalogue.activate("a", 3, ADMIN)
-    assert catalogue.collect(found, ADMIN) == []
+    assert catalogue.collect(found, ADMIN, 0) == []
     assert live(catalogue)["a"] == 3
 
 
@@ -573,7 +574,7 @@ def test_collected_generations_need_no_blobs_and_never_serve(catalogue: Catalogu
     old = catalogue.generation("a", 3)
     before = catalogue.referenced()
     assert old.files["a@3 of build-1.json"].sha256 in before
-    assert catalogue.collect([old, catalogue.generation("a", 4)], ADMIN) == [old]
+    assert catalogue.collect([old, catalogue.generation("a", 4)], ADMIN, 0) == [old]
     after = catalogue.referenced()
     assert old.files["a@3 of build-1.json"].sha256 not in after
     # Nobody can go back to the router of that generation.
@@ -582,6 +583,63 @@ def test_collected_generations_need_no_blobs_and_never_serve(catalogue: Catalogu
     with pytest.raises(TransitionError, match="collected"):
         catalogue.activate("a", 3, ADMIN)
     assert live(catalogue)["a"] == 4
+
+
+def test_of_an_expert_that_was_retired_lately_the_newest_generations_stay(catalogue: Catalogue) -> None:
+    before = datetime.now(UTC)
+    for _ in range(2):
+        register(catalogue, "a")
+    catalogue.set_state("a", "retired", ADMIN)
+    assert [each.number for each in catalogue.collectable(1, before)] == [4, 3]
+    found = catalogue.collectable(0)
+    assert [each.number for each in found] == [5, 4, 3]
+    gone = catalogue.collect(found, ADMIN, 2, before)
+    assert [each.number for each in gone] == [3]
+    catalogue.activate("a", 5, ADMIN)
+    assert live(catalogue)["a"] == 5
+    catalogue.set_state("a", "retired", ADMIN)
+    after = datetime.now(UTC)
+    assert [each.number for each in catalogue.collectable(2, after)] == [5, 4]
+
+
+def test_an_expert_that_was_retired_before_a_rebuild_keeps_its_newest_generation_too(
+    catalogue: Catalogue,
+) -> None:
+    before = datetime.now(UTC)
+    catalogue.set_state("b", "retired", ADMIN)
+    rebuilt(catalogue, "build-2", "a")
+    assert [(each.name, each.number) for each in catalogue.collectable(1, before)] == [("a", 3)]
+
+
+def test_routers_are_given_up_where_no_generation_is_and_without_need_nothing_is_locked(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(catalogue, "a")
+    catalogue.set_state("b", "retired", ADMIN)
+    slow = catalogue.revision()
+    catalogue.set_alias("see", "a", ADMIN)
+    # It may be about to load a router.
+    catalogue.beat(Replica("slow", 1, slow, BUILD))
+    assert [it.name for it in catalogue.collect(catalogue.collectable(5), ADMIN, 5)] == ["b"]
+    assert catalogue.router(2).files
+    catalogue.beat(Replica("slow", 2, catalogue.revision(), BUILD))
+    assert catalogue.collectable(5) == []
+    assert catalogue.collect([], ADMIN, 5) == []
+    assert not catalogue.router(2).files
+    revision = catalogue.revision()
+    monkeypatch.setattr(catalogue, "_change", None)
+    assert catalogue.collect([], ADMIN, 5) == []
+    assert catalogue.revision() == revision
+
+
+def test_a_slow_store_does_not_hold_up_writers_until_all_blobs_are_deleted(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "_DISCARD_SECONDS", 0.0)
+    needed, *others = [digest("a@3 of build-1"), "1" * 64, "2" * 64]
+    gone: list[str] = []
+    assert catalogue.discard([needed, *others], gone.append) == gone == others[:1]
+    assert catalogue.discard([needed], gone.append) == []
 
 
 def test_pinned_blobs_stay_until_their_job_ends_or_their_replica_is_gone(catalogue: Catalogue) -> None:

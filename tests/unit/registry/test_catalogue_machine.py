@@ -298,15 +298,16 @@ class Machine(RuleBasedStateMachine):
         self.catalogue.drop_replica(owner)
         self.model.leases.pop(owner, None)
 
-    @rule(keep=st.integers(0, 2), between=st.none() | st.tuples(NAMES, PICK))
-    def collect(self, keep: int, between: tuple[str, int] | None) -> None:
-        found = self.catalogue.collectable(keep)
-        assert {(each.name, each.number) for each in found} == self.model.collectable(keep)
+    @rule(keep=st.integers(0, 2), retired_stay=st.booleans(), between=st.none() | st.tuples(NAMES, PICK))
+    def collect(self, keep: int, retired_stay: bool, between: tuple[str, int] | None) -> None:
+        before = datetime.min.replace(tzinfo=UTC) if retired_stay else None
+        found = self.catalogue.collectable(keep, before)
+        assert {(each.name, each.number) for each in found} == self.model.collectable(keep, retired_stay)
         if between is not None:
             # Somebody goes back to one of them before it is collected.
             self.activate(between[0], between[1], "none", "keep", 1)
-        self.catalogue.collect(found, ADMIN)
-        self.model.collect({(each.name, each.number) for each in found})
+        self.catalogue.collect(found, ADMIN, keep, before)
+        self.model.collect({(each.name, each.number) for each in found}, keep, retired_stay)
 
     @rule()
     def prune(self) -> None:

@@ -3,7 +3,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from experts.bundle_manifest import FileEntry
 from experts.errors import BlobError, CatalogueError
 from experts.registry.blobs import Blobs
-from experts.registry.catalogue import Catalogue, tables
+from experts.registry.catalogue import Catalogue, collecting, tables
 from experts.registry.records import (
     Actor,
     BundleRecord,
@@ -27,7 +27,7 @@ from experts.registry.records import (
     RouterGeneration,
     Trial,
 )
-from experts.registry.verify import Findings, collect_garbage, verify
+from experts.registry.verify import Findings, collect_garbage, garbage, verify
 from service.cli import build_app
 from tests.fixtures.mounts import mounted
 from tests.fixtures.object_store import ObjectStoreServer, object_store
@@ -413,6 +413,42 @@ def test_old_generations_and_what_only_they_need_are_given_up(registry: Registry
     assert registry.catalogue.generation("alpha", made[0].number).state == "collected"
     assert registry.verify().clean
     assert collect_garbage(registry.catalogue, registry.blobs, 2, ACTOR).blobs == 0
+
+
+def test_routers_that_became_useless_later_are_given_up_though_no_generation_is(registry: Registry) -> None:
+    job, made = registry.begin("alpha")
+    known = registry.router(2, {"alpha": made.number, "beta": 1})
+    registry.catalogue.publish(job.id, job.attempt, made, known, 1)
+    slow = Replica("slow", 1, registry.catalogue.revision(), BUILD)
+    registry.catalogue.set_alias("see", "beta", ACTOR)
+    registry.catalogue.beat(slow)
+    assert collect_garbage(registry.catalogue, registry.blobs, 1, ACTOR).generations == ("alpha@1",)
+    assert registry.catalogue.router(1).files
+
+    registry.catalogue.drop_replica("slow")
+    gone = collect_garbage(registry.catalogue, registry.blobs, 1, ACTOR)
+    assert (gone.generations, gone.blobs) == ((), 1)
+    assert not registry.catalogue.router(1).files
+
+
+def test_all_unneeded_blobs_go_in_the_end_where_each_transaction_deletes_one(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "_DISCARD_SECONDS", 0.0)
+    monkeypatch.setattr(garbage, "_PAUSE_SECONDS", 0.0)
+    pinned, *_ = [registry.blobs.put_bytes(f"nobody's {number}".encode()) for number in range(20)]
+    discard, turns = registry.catalogue.discard, []
+
+    def late(digests: Iterable[str], delete: Callable[[str], object]) -> list[str]:
+        # Needed only after it was found to be garbage.
+        registry.catalogue.pin_blobs("someone", [pinned.sha256])
+        turns.append(discard(digests, delete))
+        return turns[-1]
+
+    monkeypatch.setattr(registry.catalogue, "discard", late)
+    assert collect_garbage(registry.catalogue, registry.blobs, 1, ACTOR).blobs == 19
+    assert [len(gone) for gone in turns if gone] == [1] * 19
+    assert registry.blobs.has(pinned.sha256)
 
 
 def test_what_a_request_or_a_slow_replica_uses_is_kept(registry: Registry) -> None:

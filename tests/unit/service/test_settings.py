@@ -39,6 +39,8 @@ def test_settings_cannot_change() -> None:
         ("keepalive_seconds", 0),
         ("collect_seconds", -1),
         ("collect_seconds", float("inf")),
+        ("collect_seconds", 1e-6),
+        ("collect_seconds", 9.99),
         ("keep_jobs_days", -1),
         ("keep_audit_days", 36501),
         ("kv_cache_bytes", 0),
@@ -68,6 +70,12 @@ def test_settings_cannot_change() -> None:
 def test_an_impossible_value_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=name):
         Settings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_collection_is_off_or_has_pauses() -> None:
+    assert [Settings(collect_seconds=seconds).collect_seconds for seconds in (0, 10)] == [0, 10]
+    with pytest.raises(ValidationError, match="too often; write 10 or more, or 0 for never"):
+        Settings(collect_seconds=1)
 
 
 def test_a_misspelt_variable_is_noticed() -> None:
