@@ -8,7 +8,7 @@ from experts.errors import CatalogueError, ExpertsError
 from experts.registry.blobs import Blobs
 from experts.registry.catalogue import Catalogue
 from experts.registry.records import Actor, BundleRecord, Job, JobKind
-from service.errors import RegistryUnavailableError
+from service.errors import RegistryUnavailableError, StorageFullError
 from service.registrar.calls import Calls
 from service.registrar.follower import Follower
 from service.registrar.live import LiveExperts
@@ -17,6 +17,9 @@ from service.registrar.sources import Sources
 from service.registrar.translate import translated
 
 T = TypeVar("T")
+
+UNUSABLE = (RegistryUnavailableError, StorageFullError)
+"""What a catalogue that cannot be used now is told as, that of a full disk too; work that can do without goes on."""
 
 _FOLLOW_SECONDS = 10.0
 """What a change waits for this replica to serve it; it is made all the same."""
@@ -145,7 +148,7 @@ class Changing:
 
     async def follow(self) -> None:
         """Return when this replica serves what the catalogue has now, or after a while."""
-        with contextlib.suppress(RegistryUnavailableError):
+        with contextlib.suppress(*UNUSABLE):
             await self._follower.reach(await self._ask(self.catalogue.revision), _FOLLOW_SECONDS)
 
     async def _ask(self, question: Callable[..., T], *arguments: Any) -> T:

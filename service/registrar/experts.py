@@ -257,9 +257,16 @@ class ExpertChanges(Changing):
 
     @staticmethod
     def _before(expert: Expert, generations: Sequence[Generation]) -> int:
-        for generation in generations:
-            if generation.state == "ready" and generation.number < (expert.generation or 0):
-                return generation.number
+        """The newest older one of the same bundle: after a return to a bundle, others lie between its own."""
+        current = next((it for it in generations if it.number == expert.generation), None)
+        for it in generations:
+            if (
+                current is not None
+                and it.state == "ready"
+                and it.build_id == current.build_id
+                and it.number < current.number
+            ):
+                return it.number
         raise WrongStateError(f"The expert {expert.name!r} has no older ready generation to go back to.")
 
 

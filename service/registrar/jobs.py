@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from experts.registry.records import ENDED, Actor, Job, JobState
-from service.errors import RegistryUnavailableError
-from service.registrar.changing import Changing
+from service.registrar.changing import UNUSABLE, Changing
 from service.registrar.checks import Registration, check_registration
 from service.registrar.translate import translated
 
@@ -107,7 +106,7 @@ class JobChanges(Changing):
         """The job as it is, and again whenever it has changed, until it has ended."""
         seen: Job | None = None
         while seen is None or seen.state not in ENDED:
-            with contextlib.suppress(RegistryUnavailableError):
+            with contextlib.suppress(*UNUSABLE):
                 job = await self._look(job_id)
                 if job != seen:
                     seen = job

@@ -7,7 +7,8 @@ from typing import Any
 from experts.registry.catalogue import Absent
 from experts.registry.records import Actor, AuditEntry, BundleRecord, Replica, RouterGeneration
 from experts.registry.verify import Collected, collect_garbage
-from service.errors import InvalidRequestError, RegistryUnavailableError, WrongStateError
+from service.errors import InvalidRequestError, WrongStateError
+from service.registrar.changing import UNUSABLE
 from service.registrar.experts import ExpertChanges
 from service.registrar.family import CatalogueFamily
 from service.registrar.jobs import JobChanges
@@ -110,7 +111,7 @@ class Registrar(ExpertChanges, JobChanges):
         replicas: list[Replica] = []
         try:
             replicas = list(await self._ask(self.catalogue.replicas))
-        except RegistryUnavailableError as error:
+        except UNUSABLE as error:
             problem = problem or error.message
         snapshot = self._follower.snapshot
         return RegistryState(
@@ -149,7 +150,7 @@ class Registrar(ExpertChanges, JobChanges):
 
     async def exported(self, actor: Actor, target: str, detail: Mapping[str, Any]) -> None:
         """Put into the audit log that weights left the server, if it can be written."""
-        with contextlib.suppress(RegistryUnavailableError):
+        with contextlib.suppress(*UNUSABLE):
             self._check_writable()
             await self._ask(self.catalogue.record, actor, "export", target, "ok", detail)
 

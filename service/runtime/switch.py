@@ -74,6 +74,7 @@ class RuntimeSwitch:
         self._current = first
         self._available = available or (lambda: available_bytes(first.device))
         self._leaving: Runtime | None = None
+        self._leaving_nbytes = 0
         self._farewell: asyncio.Task[None] | None = None
         self._swapping = asyncio.Lock()
         self._closed = False
@@ -109,7 +110,8 @@ class RuntimeSwitch:
             if self._farewell is not None:
                 # Never three: the one before the current has to be gone first.
                 await asyncio.shield(self._farewell)
-            self._check_memory(self._current.nbytes if nbytes is None else nbytes)
+            own = self._current.nbytes
+            self._check_memory(own if nbytes is None else nbytes)
             opening = asyncio.create_task(asyncio.to_thread(_opened, open_new, self._current.threads))
             try:
                 new = await asyncio.shield(opening)
@@ -131,7 +133,8 @@ class RuntimeSwitch:
                 old.leave_feedback()
                 self._feedback.begin_anew(new.router)
                 new.use_feedback(self._feedback)
-            self._leaving = old
+            # Asked for now: a runtime that is closed cannot tell any more.
+            self._leaving, self._leaving_nbytes = old, own
             self._farewell = asyncio.create_task(self._see_off(old), name="twinserve-farewell")
             _log.info("a new runtime serves %s; the old one ends what it has begun", new.bundle_name)
 
@@ -154,21 +157,30 @@ class RuntimeSwitch:
             last = old.gauges()
             for name in _TOTALS:
                 self._past[name] += getattr(last, name)
-            self._leaving = self._farewell = None
-            await asyncio.to_thread(_give_memory_back)
+            self._leaving, self._leaving_nbytes = None, 0
+            try:
+                await asyncio.to_thread(_give_memory_back)
+            finally:
+                # The next swap waits for it: it counts what memory there is.
+                self._farewell = None
         _log.info("the old runtime is closed")
 
     def check_room(self) -> None:
-        """Whether there is memory for another bundle of about the current one's size now.
+        """Whether there is memory for another bundle of about the current one's size, once a swap opens it.
 
         Raises:
             StorageFullError: there is not, so that a swap would fail.
         """
-        self._check_memory(self._current.nbytes)
+        # A swap waits until the runtime that is on its way out has given its memory back.
+        self._check_memory(self._current.nbytes, self._leaving_nbytes)
 
-    def _check_memory(self, nbytes: int) -> None:
+    def _check_memory(self, nbytes: int, coming: int = 0) -> None:
+        """Raise StorageFullError unless there are as many bytes, with those that are about to be freed."""
         left = self._available()
-        if left is not None and nbytes > left:
+        if left is None:
+            return
+        left += coming
+        if nbytes > left:
             raise StorageFullError(
                 f"two bundles cannot be served at once: the new one needs about {nbytes >> 20} MiB of memory beside "
                 f"the old one, and {left >> 20} MiB are left; give the server more, lower TWINSERVE_KV_CACHE_BYTES, "

@@ -1,6 +1,7 @@
 """Jobs of the registry, from the queue to what is served; and everything that can happen to them on the way."""
 
 import asyncio
+import copy
 import json
 import os
 import shutil
@@ -338,6 +339,45 @@ def test_a_job_waits_until_its_replica_serves_the_bundle_that_the_catalogue_says
             assert ended.state == "succeeded", ended.failure
             built = here.catalogue.snapshot().bundle.build_id
             assert here.catalogue.generation("delta", 1).build_id == built == here.loading.family.build_id
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("asked", "more"),
+    [
+        ("features", {"prompts": PROMPTS}),
+        ("features", {}),
+        ("submit", {"canaries": (Canary("Add 1", "", "contains"),)}),
+        ("submit", {"canaries": (Canary("Add 1", "never this", "exact"),)}),
+        ("stage", {}),
+    ],
+    ids=["prompts", "neutral prompts", "canary that passes", "canary that fails", "stage"],
+)
+def test_what_an_engine_says_around_a_switch_of_the_bundle_is_not_taken(
+    asked, more, family, root, tmp_path, monkeypatch
+):
+    async def go() -> None:
+        async with replica(family, root, tmp_path) as here, here.working(warm=False):
+            ask = getattr(here.runtime, asked)
+
+            def switched(*arguments, **options):
+                # To another bundle and back, of which the catalogue says nothing by now.
+                here.loading.family = copy.copy(here.loading.family)
+                return ask(*arguments, **options)
+
+            monkeypatch.setattr(here.runtime, asked, switched)
+            if asked == "features":
+                monkeypatch.setattr("service.registrar.work.profile.needs_background", lambda _: True)
+            ended = await here.end_of(here.submit("delta", "lora", **more))
+            assert (ended.state, ended.failure.code) == ("failed", "wrong_state"), ended.failure
+            assert "is not the one that is served any more; try again" in ended.failure.message
+            assert "canaries" not in here.catalogue.generation("delta", 1).report
+            assert here.served() == {"alpha": 1, "beta": 1}
+            assert (here.staged(), list(here.options.folder.glob("neutral-*"))) == ([], [])
+            monkeypatch.undo()
+            again = await here.end_of(here.submit("delta", "lora", prompts=PROMPTS))
+            assert again.state == "succeeded", again.failure
 
     asyncio.run(go())
 

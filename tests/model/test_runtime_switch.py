@@ -297,6 +297,26 @@ def test_never_three_at_once(blue, green):
     asyncio.run(scenario())
 
 
+def test_memory_that_a_runtime_on_its_way_out_gives_back_is_room_for_the_next(blue, green):
+    async def scenario() -> None:
+        left = 1 << 40
+        switch = RuntimeSwitch(_opened(blue), available=lambda: left)
+        try:
+            held, release = await _held(switch, _request("held", {"alpha": 1.0}, 200))
+            await switch.swap(lambda: _opened(green))
+            left = switch.runtime.nbytes // 4
+            switch.check_room()
+            release.set()
+            _ = [event async for event in held]
+            await switch.left()
+            with pytest.raises(StorageFullError, match="are left"):
+                switch.check_room()
+        finally:
+            await asyncio.to_thread(switch.close)
+
+    asyncio.run(scenario())
+
+
 def test_a_shutdown_in_the_middle_of_a_swap_closes_both(blue, green):
     async def scenario() -> None:
         switch = RuntimeSwitch(_opened(blue))

@@ -68,7 +68,7 @@ def add_routes(router: APIRouter, parts: AdminParts) -> None:
     async def activate(request: Request, build_id: _BuildId, body: ReturnBody | None = None) -> Response:
         """Serve a bundle again that another one replaced, with the generations that served with it.
 
-        The answer comes once this replica serves it, or after 10 s: `GET /admin/registry` tells which build it serves.
+        The answer comes once this replica serves it, or after 10 s: `GET /admin/registry` tells what it serves.
         """
         retire = body is not None and body.absent == "retire"
         bundle = await registrar.return_to(build_id, actor_of(request), retire_absent=retire)

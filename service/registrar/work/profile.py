@@ -15,21 +15,24 @@ from experts.registry.work import write_profile
 from experts.routing import Router, neutral_prompts, prompt_forms, render_prompts
 from service.errors import InvalidRequestError
 from service.registrar.work.live import Stage
+from service.registrar.work.served import Steady
 
 _log = logging.getLogger(__name__)
 
 
-async def profile(live: Stage, prompts: Sequence[str], path: Path) -> None:
+async def profile(live: Stage, prompts: Sequence[str], path: Path, steady: Steady) -> None:
     """Write the features of prompts, each in every form that it can reach the server in.
 
     Raises:
+        TransitionError: the engine was another bundle's by then.
         InvalidRequestError: a prompt has no tokens, or there is no router to take features for.
     """
     try:
         rendered = await asyncio.to_thread(render_prompts, live.tokenizer, prompts)
     except RoutingError as error:
         raise InvalidRequestError(f"prompts: {error}.", param="prompts") from error
-    features = torch.from_numpy(await live.features([tuple(ids) for ids in rendered]))
+    with steady():
+        features = torch.from_numpy(await live.features([tuple(ids) for ids in rendered]))
     await asyncio.to_thread(write_profile, path, features, len(prompt_forms(live.tokenizer)))
 
 
@@ -46,10 +49,11 @@ class Backgrounds:
         self._folder = folder
         self._lock = asyncio.Lock()
 
-    async def of(self, live: Stage, router: Router | None, build_id: str) -> Path | None:
+    async def of(self, live: Stage, router: Router | None, build_id: str, steady: Steady) -> Path | None:
         """The file of them; None where no expert would need any.
 
         Raises:
+            TransitionError: the engine is another bundle's by now; no file is made of what it says.
             TwinserveError: the engine cannot answer.
             OSError: the folder cannot be written.
         """
@@ -63,7 +67,7 @@ class Backgrounds:
                 scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
                 prompts = await asyncio.to_thread(neutral_prompts, live.tokenizer)
                 try:
-                    await profile(live, prompts, scratch)
+                    await profile(live, prompts, scratch, steady)
                     scratch.replace(path)
                 finally:
                     scratch.unlink(missing_ok=True)

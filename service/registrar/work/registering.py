@@ -121,7 +121,7 @@ class Registering:
         """Features of the prompts, and the prompts, as files of the attempt's folder."""
         run, prompts = self._run, self._asked.prompts
         features, texts = run.folder / PROFILE_FILE, run.folder / PROMPTS_FILE
-        await profile(run.live, prompts, features)
+        await profile(run.live, prompts, features, run.steady)
         await asyncio.to_thread(texts.write_text, json.dumps(list(prompts), ensure_ascii=False), "utf-8")
         return {it.name: await asyncio.to_thread(digest_of, it) for it in (features, texts)}
 
@@ -166,12 +166,13 @@ class Registering:
         run, asked = self._run, self._asked
         run.gauge.at("try")
         weights = await run.ask(lambda: run.served.reader.expert(generation))
-        await run.stage(weights)
-        if not asked.canaries:
-            return {}
-        run.gauge.at("try", 0.3)
         try:
-            answers = await ask_all(run.live, self._key, asked.canaries, asked.canary_min_score)
+            with run.steady():
+                await run.stage(weights)
+                if not asked.canaries:
+                    return {}
+                run.gauge.at("try", 0.3)
+                answers = await ask_all(run.live, self._key, asked.canaries, asked.canary_min_score)
         except CanaryError as error:
             run.report["canaries"] = error.report
             raise

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experts.errors import TransitionError
 from experts.registry.records import Files, RouterGeneration, Snapshot
 from experts.registry.work import ROUTER, FileEntry, Routed, RouteTask
 from service.registrar.work.run import Run
+from service.registrar.work.served import not_served
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ async def teach(
     if profile is None and snapshot.router is not None:
         begun = snapshot.router
         router = await run.ask(lambda: served.reader.router(begun))
-        background = await run.backgrounds.of(run.live, router, snapshot.bundle.build_id)
+        build_id = snapshot.bundle.build_id
+        background = await run.backgrounds.of(run.live, router, build_id, run.steady)
     kept = await run.ask(lambda: {it.name for it in run.catalogue.experts() if it.state != "retired"})
     folder = await asyncio.to_thread(_emptied, run.folder / "routing")
     task = RouteTask(
@@ -92,7 +93,7 @@ async def current(run: Run) -> Snapshot:
     snapshot = await run.ask(run.catalogue.snapshot)
     own = run.served.bundle.manifest.build_id
     if snapshot is None or snapshot.bundle.build_id != own:
-        raise TransitionError(f"the bundle {own} is not the one that is served any more; try again")
+        raise not_served(own)
     return snapshot
 
 

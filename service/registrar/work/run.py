@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from experts.bundle import Bundle, ExpertWeights
+from experts.bundle import ExpertWeights
 from experts.errors import StaleRouterError
 from experts.registry.catalogue import Catalogue
-from experts.registry.reading import GenerationReader
 from experts.registry.records import Job
 from experts.registry.work import FileEntry, Stored, StoreTask
 from service.core import ExpertKey
@@ -18,15 +18,9 @@ from service.registrar.work.live import Stage
 from service.registrar.work.options import WorkOptions
 from service.registrar.work.process import Worker
 from service.registrar.work.profile import Backgrounds
+from service.registrar.work.served import Served, steady
 
 T = TypeVar("T")
-
-
-class Served(Protocol):
-    """The family that is served now; `service.registrar.family.CatalogueFamily` fits it."""
-
-    bundle: Bundle
-    reader: GenerationReader
 
 
 class Ask(Protocol):
@@ -40,7 +34,11 @@ class Ask(Protocol):
 class Run:
     """One attempt.
 
+    Args:
+        now: the family that is served here at any moment; another one once an admin returns to it.
+
     Attributes:
+        served: the family that the attempt is made for.
         folder: its half-made files.
         worker: its process.
         decided: what is done now cannot be stopped any more; it takes a moment.
@@ -54,6 +52,7 @@ class Run:
         catalogue: Catalogue,
         live: Stage,
         served: Served,
+        now: Callable[[], Served],
         worker: Worker,
         folder: Path,
         options: WorkOptions,
@@ -65,6 +64,7 @@ class Run:
         self.catalogue = catalogue
         self.live = live
         self.served = served
+        self._now = now
         self.worker = worker
         self.folder = folder
         self.options = options
@@ -74,6 +74,14 @@ class Run:
         self.decided = False
         self.report: dict[str, Any] = {}
         self._staged: list[ExpertKey] = []
+
+    def steady(self) -> AbstractContextManager[None]:
+        """What is asked of the engine inside is the bundle's that the attempt is made for.
+
+        Raises:
+            TransitionError: another bundle is served here by now.
+        """
+        return steady(self._now, self.served.bundle.manifest.build_id)
 
     async def stage(self, weights: ExpertWeights) -> None:
         """Have the engine take a generation, for this attempt alone.

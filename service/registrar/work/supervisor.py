@@ -30,7 +30,8 @@ from service.registrar.work.profile import Backgrounds
 from service.registrar.work.rebuilding import rebuild
 from service.registrar.work.registering import register
 from service.registrar.work.reprofiling import reprofile
-from service.registrar.work.run import Run, Served
+from service.registrar.work.run import Run
+from service.registrar.work.served import Served, steady
 
 _log = logging.getLogger(__name__)
 
@@ -185,7 +186,9 @@ class Supervisor:
             if snapshot is not None and snapshot.router is not None:
                 found = snapshot.router
                 router = await self._insist(lambda: served.reader.router(found))
-                await self._backgrounds.of(self._live, router, snapshot.bundle.build_id)
+                build_id = snapshot.bundle.build_id
+                own = functools.partial(steady, self._served, build_id)
+                await self._backgrounds.of(self._live, router, build_id, own)
 
     def _setup(self) -> Setup:
         return Setup(self._served().bundle.path, self._options.store, self._options.limits)
@@ -234,6 +237,7 @@ class Supervisor:
                     catalogue=self._catalogue,
                     live=self._live,
                     served=served,
+                    now=self._served,
                     worker=worker,
                     folder=folder,
                     options=self._options,

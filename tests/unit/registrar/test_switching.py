@@ -1,14 +1,16 @@
 """An older generation serves again at once, whatever goes live beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experts.registry.catalogue import Catalogue
+from service.errors import WrongStateError
 from service.registrar.experts import ExpertChanges
-from tests.unit.registry.catalogue import ADMIN, adopt, register
+from tests.unit.registry.catalogue import ADMIN, adopt, generation, register
 
 
 @pytest.fixture
@@ -82,3 +84,28 @@ def test_another_generation_is_pinned_with_its_router_in_one_change(catalogue: C
     assert catalogue.expert("a").pinned
     [entry, *_] = catalogue.audit(limit=1)
     assert (entry.action, entry.detail) == ("pin", {"from": 4, "to": 3, "router": 2})
+
+
+OWN, OTHER = "build-1", "build-2"
+
+
+@pytest.mark.parametrize(
+    ("builds", "current", "found"),
+    [
+        ((OWN, OWN, OWN), 3, 2),
+        ((OWN, OTHER, OWN), 3, 1),
+        ((OWN, OTHER, OWN, OTHER), 4, 2),
+    ],
+)
+def test_a_rollback_goes_to_the_newest_older_generation_of_the_same_bundle(
+    catalogue: Catalogue, builds: Sequence[str], current: int, found: int
+) -> None:
+    generations = [generation("a", number, build) for number, build in enumerate(builds, 1)][::-1]
+    expert = replace(catalogue.expert("a"), generation=current)
+    assert ExpertChanges._before(expert, generations) == found
+
+
+def test_there_is_no_rollback_to_another_bundle_s_generation(catalogue: Catalogue) -> None:
+    generations = [generation("a", 2, OTHER), generation("a", 1, OWN)]
+    with pytest.raises(WrongStateError, match="no older ready generation"):
+        ExpertChanges._before(replace(catalogue.expert("a"), generation=2), generations)
