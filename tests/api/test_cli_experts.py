@@ -195,15 +195,20 @@ def test_an_upload_that_was_interrupted_goes_on_where_it_stopped(shell: Shell, t
 
 def test_ctrl_c_asks_the_server_to_cancel_the_job(shell: Shell) -> None:
     tiny_lora(shell.root / "queue", shell.family.base, seed=81)
-    for number in range(40):  # so that the next one waits
+    for number in range(8):  # so that the next one waits
         shell.run("add", f"queued-{number}", "queue", "--server-path", "--detach")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service", "experts", "add", "stopped", "queue", "--server-path"],
-        env={**os.environ, **shell.environment, "PYTHONWARNINGS": "default"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # Where the tests run in the background SIGINT is ignored, which a child would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "experts", "add", "stopped", "queue", "--server-path"],
+            env={**os.environ, **shell.environment, "PYTHONWARNINGS": "default"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         assert eventually(lambda: bool(shell.json("jobs", "--name", "stopped")), 30)
         process.send_signal(signal.SIGINT)
