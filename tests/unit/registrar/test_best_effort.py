@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,17 +12,9 @@ from experts.registry.catalogue import Catalogue
 from service.errors import TwinserveError
 from service.registrar.calls import Calls
 from service.registrar.registrar import Registrar
-from tests.unit.registry.catalogue import ADMIN, adopt
+from tests.unit.registry.catalogue import ADMIN
 
 troubles = pytest.mark.parametrize("trouble", [CatalogueError("gone"), CatalogueFullError("full")])
-
-
-@pytest.fixture
-def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
-    opened = Catalogue.open(f"sqlite:///{tmp_path / 'catalogue.sqlite'}")
-    adopt(opened)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

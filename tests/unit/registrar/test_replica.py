@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -12,7 +11,6 @@ from experts.registry.records import Actor, Replica
 from service.registrar.calls import Calls
 from service.registrar.replica import Heartbeat
 from service.registry_metrics import RegistryMetrics
-from tests.unit.registry.catalogue import adopt
 
 
 class Clock:
@@ -23,14 +21,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture
-def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
-    opened = Catalogue.open(f"sqlite:///{tmp_path / 'catalogue.sqlite'}")
-    adopt(opened)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """An older generation serves again at once, whatever goes live beside it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +9,7 @@ import pytest
 from experts.registry.catalogue import Catalogue
 from service.errors import WrongStateError
 from service.registrar.experts import ExpertChanges
-from tests.unit.registry.catalogue import ADMIN, adopt, generation, register
-
-
-@pytest.fixture
-def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
-    opened = Catalogue.open(f"sqlite:///{tmp_path / 'catalogue.sqlite'}")
-    adopt(opened)
-    yield opened
-    opened.close()
+from tests.unit.registry.catalogue import ADMIN, generation, register
 
 
 def serve(catalogue: Catalogue, how: str, number: int, expected: int | None = None) -> int | None:
